@@ -1,0 +1,81 @@
+# kvmesh: `make help` lists what there is. Everything is installed into .venv from the lock files.
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+UV := $(BIN)/uv
+GENERATED ?= generated
+PROTO_FILES = $(sort $(wildcard protos/kvmesh/v1/*.proto))
+
+.PHONY: help install install-dev run test check lint types protos proto-lint bench lock clean
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk 'BEGIN {FS = ":.*## "} {printf "  %-12s %s\n", $$1, $$2}'
+
+$(VENV)/.installed: requirements.lock pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(UV) || $(BIN)/python -m pip install --quiet --disable-pip-version-check 'uv>=0.5'
+	$(UV) pip install --quiet --python $(BIN)/python -r requirements.lock
+	$(UV) pip install --quiet --python $(BIN)/python --no-deps --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.lock
+	$(UV) pip install --quiet --python $(BIN)/python -r requirements-dev.lock
+	@touch $@
+
+.venv-protos/.installed: $(VENV)/.installed requirements-protos.lock
+	$(UV) venv --quiet --clear --python $(BIN)/python .venv-protos
+	$(UV) pip install --quiet --python .venv-protos/bin/python -r requirements-protos.lock
+	@touch $@
+
+node_modules/.installed: package.json package-lock.json
+	npm ci --silent --no-audit --no-fund
+	@touch $@
+
+install: $(VENV)/.installed ## Install the program into .venv
+
+install-dev: $(VENV)/.installed-dev .venv-protos/.installed ## Install what tests and checks need as well
+
+run: install ## Run a mesh: 2 decode workers, 1 prefill worker, queue, router, frontend
+	$(BIN)/kvmesh up
+
+test: install-dev ## Run the tests
+	$(BIN)/pytest
+
+check: install-dev lint types proto-lint ## Lint, type-check, check the contract, the drift and the house rules
+	$(BIN)/pytest tests/house
+
+lint:
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types:
+	$(BIN)/mypy
+
+proto-lint: ## Lint the contract and compare it with the baseline, where Node is there
+	@if command -v npm >/dev/null; then \
+	  $(MAKE) --no-print-directory node_modules/.installed build/googleapis && npx --no-install buf lint && \
+	  npx --no-install buf format --diff --exit-code protos && npx --no-install buf breaking --against protos/baseline.binpb; \
+	else echo "proto-lint: skipped, npm is not installed"; fi
+
+# The google.api annotations, from the wheel of googleapis-common-protos, where protoc and buf find them.
+build/googleapis: $(VENV)/.installed
+	@mkdir -p build/googleapis/google/api build/googleapis/google/rpc
+	@site=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	  cp $$site/google/api/annotations.proto $$site/google/api/http.proto build/googleapis/google/api/; \
+	  cp $$site/google/rpc/status.proto build/googleapis/google/rpc/
+
+protos: .venv-protos/.installed build/googleapis ## Generate the Python code of the contract
+	@mkdir -p $(GENERATED)
+	PATH="$(CURDIR)/.venv-protos/bin:$$PATH" .venv-protos/bin/python -m grpc_tools.protoc \
+	  --proto_path=protos --proto_path=build/googleapis \
+	  --python_out=$(GENERATED) --grpc_python_out=$(GENERATED) --mypy_out=quiet:$(GENERATED) --mypy_grpc_out=quiet:$(GENERATED) \
+	  $(PROTO_FILES)
+
+lock: $(VENV)/.installed ## Resolve the lock files anew
+	$(UV) pip compile --quiet --upgrade --universal --generate-hashes --no-annotate --no-header pyproject.toml -o requirements.lock
+	$(UV) pip compile --quiet --upgrade --universal --generate-hashes --no-annotate --no-header pyproject.toml --group dev -o requirements-dev.lock
+	$(UV) pip compile --quiet --upgrade --universal --generate-hashes --no-annotate --no-header --group protos -o requirements-protos.lock
+
+clean: ## Remove what was installed and built
+	rm -rf $(VENV) .venv-protos node_modules build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
