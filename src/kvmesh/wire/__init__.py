@@ -1,0 +1,1 @@
+"""Between protobuf and core: conversion, validation, and the one error catalog."""

@@ -1,0 +1,37 @@
+"""What a running request yields inside a process, between the processor and every door."""
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Protocol
+
+from kvmesh.v1 import frontend_pb2, generation_pb2
+
+
+@dataclass(slots=True)
+class Delta:
+    """Some output: everything that arrived since the one before."""
+
+    pieces: list[str]
+    """The text of each token, in order; "" while the bytes of a character are incomplete."""
+    token_ids: list[int]
+    """The tokens; empty for workers that produce text."""
+
+
+Event = frontend_pb2.Started | Delta | generation_pb2.Finished
+"""A request's events: Started, then Deltas, then Finished; anything else ends in a raised MeshError."""
+
+
+class Generator(Protocol):
+    """What the doors (gRPC, REST, OpenAI) call."""
+
+    def generate(
+        self, request: frontend_pb2.GenerateRequest, *, timeout_s: float | None = None, request_id: str | None = None
+    ) -> AsyncGenerator[Event, None]:
+        """Run a request; closing the generator frees what it held everywhere.
+
+        `timeout_s` is the client's deadline (None = the setting for clients that set none); `request_id` is minted when
+        None. Raises: MeshError, before the first event or between any two.
+        """
+
+    def models(self) -> frontend_pb2.ListModelsResponse:
+        """List the models of the live decode workers, sorted by name."""
