@@ -1,13 +1,14 @@
 """Every bounded wait of the mesh, in seconds, with its default and what happens when it ends."""
 
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 
 @dataclass(frozen=True, slots=True)
 class Waits:
     """The bounds; each is a setting (`waits.*`), a typed outcome and a metric (`kvmesh_wait_ended_total`)."""
 
-    __pydantic_config__ = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     route_s: float = 2.0
     """No eligible worker yet -> NO_WORKERS."""

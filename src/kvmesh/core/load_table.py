@@ -1,0 +1,347 @@
+"""What each worker rank carries, as one router knows it.
+
+    estimate of a worker = own bookings + reported load of all OTHER routers + reported load that came unrouted
+
+Laws:
+    - the router's own share of a report never adds load, it only corrects bookings;
+    - a block is counted once per worker, however many bookings hold it (equal sequence hash = equal block);
+    - the blocks of a booking are a chain from block 0, so those active on a worker are closed under prefix and the
+      part of a chain that is active there is found by bisection;
+    - a booking ends exactly once, by one of: release; a report that shows it no more; a report newer than the worker's
+      acknowledgement that never showed it; `booking_ttl_s` in which no report showed it; the end of its worker;
+    - an ended booking's key stays known for `released_ttl_s`, whatever ended it, and cannot be booked again.
+"""
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+from kvmesh.core.errors import ConflictError, NotKnownError, Reason
+from kvmesh.core.ids import AttemptKey, Epoch, RouterId, SequenceHash, WorkerId, WorkerRank
+
+
+@dataclass(frozen=True, slots=True)
+class RouterLoad:
+    """Load that reached a worker one way: through one router, or unrouted."""
+
+    active_requests: int = 0
+    prefill_tokens: int = 0
+    """Prompt tokens still to be computed there."""
+    decode_blocks: int = 0
+
+    def __add__(self, other: "RouterLoad") -> "RouterLoad":
+        return RouterLoad(
+            self.active_requests + other.active_requests,
+            self.prefill_tokens + other.prefill_tokens,
+            self.decode_blocks + other.decode_blocks,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadReport:
+    """One load snapshot of a worker rank."""
+
+    epoch: Epoch
+    sequence: int
+    """Counts reports of one epoch and rank."""
+    received_at: float
+    """Seconds, on the clock of `now`."""
+    active_requests: int = 0
+    max_requests: int = 0
+    active_blocks: int = 0
+    total_blocks: int = 0
+    waiting_requests: int = 0
+    cache_usage: float = 0.0
+    prefix_hit_rate: float = 0.0
+    per_router: Mapping[RouterId, RouterLoad] = field(default_factory=dict)
+    unrouted: RouterLoad = RouterLoad()
+    reservation_ids: frozenset[int] = frozenset()
+    """The asking router's reservations that the worker holds."""
+
+
+class ReportOutcome(Enum):
+    """What became of a load report."""
+
+    APPLIED = "applied"
+    UNKNOWN_WORKER = "unknown_worker"
+    STALE_EPOCH = "stale_epoch"
+    """It is not of the live incarnation."""
+    OLD_SEQUENCE = "old_sequence"
+    """Not newer than the last one applied."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReportResult:
+    """What a load report changed."""
+
+    outcome: ReportOutcome
+    released: tuple[AttemptKey, ...] = ()
+    """Bookings that the report ended."""
+
+
+@dataclass(slots=True)
+class _Booking:
+    key: AttemptKey
+    reservation_id: int
+    worker: WorkerRank
+    block_hashes: tuple[SequenceHash, ...]
+    unhashed_blocks: int
+    content: tuple[object, ...]
+    prefill_tokens: int
+    seen_at: float
+    """When it was booked or, later, last shown by a report."""
+    was_shown: bool = False
+    accepted_sequence: int | None = None
+    """The worker's load sequence when it acknowledged the submit: later reports know of this booking."""
+
+    def is_ended_by(self, report: LoadReport) -> bool:
+        if self.reservation_id in report.reservation_ids:
+            return False
+        return self.was_shown or (self.accepted_sequence is not None and report.sequence > self.accepted_sequence)
+
+
+@dataclass(slots=True)
+class _RankLoad:
+    epoch: Epoch
+    since: float
+    report: LoadReport | None = None
+    others: RouterLoad = RouterLoad()
+    bookings: dict[AttemptKey, _Booking] = field(default_factory=dict)
+    holders: dict[SequenceHash, int] = field(default_factory=dict)
+    """How many bookings hold each block; never 0."""
+    unhashed_blocks: int = 0
+    prefill_tokens: int = 0
+
+
+class LoadTable:
+    """Bookings of one router and the load reports of its workers; not thread-safe."""
+
+    def __init__(
+        self,
+        router_id: RouterId,
+        *,
+        first_reservation_id: int = 1,
+        booking_ttl_s: float = 30.0,
+        released_ttl_s: float = 300.0,
+        max_released: int = 500_000,
+    ) -> None:
+        """Start empty; a router_id that outlives its process needs a `first_reservation_id` never used before."""
+        self._router_id = router_id
+        self._next_reservation_id = first_reservation_id
+        self._booking_ttl_s = booking_ttl_s
+        self._released_ttl_s = released_ttl_s
+        self._max_released = max_released
+        self._ranks: dict[WorkerRank, _RankLoad] = {}
+        self._bookings: dict[AttemptKey, _Booking] = {}
+        self._released_at: OrderedDict[AttemptKey, float] = OrderedDict()  # the oldest first
+
+    def put_worker(self, worker: WorkerRank, epoch: Epoch, *, now: float) -> tuple[AttemptKey, ...]:
+        """Follow a rank; another epoch of it ends the bookings of the one before, which are returned."""
+        load = self._ranks.get(worker)
+        if load is not None and load.epoch == epoch:
+            return ()
+        ended = self._end_all(load, now=now) if load is not None else ()
+        self._ranks[worker] = _RankLoad(epoch, since=now)
+        return ended
+
+    def remove_worker(self, worker_id: WorkerId, *, now: float) -> tuple[AttemptKey, ...]:
+        """Forget every rank of a worker; returns the bookings that this ended."""
+        gone = [worker for worker in self._ranks if worker.worker_id == worker_id]
+        return tuple(key for worker in gone for key in self._end_all(self._ranks.pop(worker), now=now))
+
+    def reserve(
+        self,
+        key: AttemptKey,
+        worker: WorkerRank,
+        *,
+        block_hashes: Sequence[SequenceHash],
+        prefill_tokens: int,
+        unhashed_blocks: int = 0,
+        now: float,
+    ) -> int:
+        """Book a request and return its reservation id; the same again changes nothing and returns the same.
+
+        `prefill_tokens` are those still to compute on this worker; `unhashed_blocks` are blocks shared with nobody.
+        Raises: ConflictError(ALREADY_EXISTS) if the key is booked with other content or has ended;
+        NotKnownError(NOT_FOUND) if the worker is not followed.
+        """
+        content = (worker, tuple(block_hashes), prefill_tokens, unhashed_blocks)
+        held = self._bookings.get(key)
+        if held is not None:
+            if held.content != content:
+                raise ConflictError(Reason.ALREADY_EXISTS, f"{key} is reserved with different content")
+            return held.reservation_id
+        self.require_unused(key, now=now)
+        load = self._ranks.get(worker)
+        if load is None:
+            raise NotKnownError(Reason.NOT_FOUND, f"{worker} is not followed")
+        booking = _Booking(
+            key, self._next_reservation_id, worker, content[1], unhashed_blocks, content, prefill_tokens, seen_at=now
+        )
+        self._next_reservation_id += 1
+        self._bookings[key] = load.bookings[key] = booking
+        holders = load.holders
+        for block_hash in booking.block_hashes:
+            holders[block_hash] = holders.get(block_hash, 0) + 1
+        load.unhashed_blocks += unhashed_blocks
+        load.prefill_tokens += prefill_tokens
+        return booking.reservation_id
+
+    def require_unused(self, key: AttemptKey, *, now: float) -> None:
+        """Raise ConflictError(ALREADY_EXISTS) if this key is booked, or was and ended lately."""
+        if key in self._bookings or self._ended_lately(key, now=now):
+            raise ConflictError(Reason.ALREADY_EXISTS, f"{key} is reserved or was released; the next attempt is free")
+
+    def complete_prefill(self, key: AttemptKey, *, now: float) -> None:
+        """Take a booking's prefill tokens off its worker. Idempotent. Raises: NotKnownError(NOT_FOUND)."""
+        booking = self._find(key, now=now)
+        if booking is not None:
+            self._ranks[booking.worker].prefill_tokens -= booking.prefill_tokens
+            booking.prefill_tokens = 0
+
+    def add_output_blocks(self, key: AttemptKey, count: int, *, now: float) -> None:
+        """Add blocks of generated tokens; NOT idempotent. Raises: NotKnownError(NOT_FOUND)."""
+        booking = self._find(key, now=now)
+        if booking is not None:
+            booking.unhashed_blocks += count
+            self._ranks[booking.worker].unhashed_blocks += count
+
+    def acknowledge(self, key: AttemptKey, accepted_load_sequence: int, *, now: float) -> bool:
+        """Note that the worker took the request in; True if its latest report, being newer, ended the booking already.
+
+        Idempotent: the first sequence counts. Raises: NotKnownError(NOT_FOUND).
+        """
+        booking = self._find(key, now=now)
+        if booking is None:
+            return False
+        if booking.accepted_sequence is None:
+            booking.accepted_sequence = accepted_load_sequence
+        report = self._ranks[booking.worker].report
+        if report is None or not booking.is_ended_by(report):
+            return False
+        self._end(booking, now=now)
+        return True
+
+    def release(self, key: AttemptKey, *, now: float) -> bool:
+        """End a booking; False if it had ended before. Raises: NotKnownError(NOT_FOUND) if it was never seen."""
+        booking = self._find(key, now=now)
+        if booking is None:
+            return False
+        self._end(booking, now=now)
+        return True
+
+    def apply_report(self, worker: WorkerRank, report: LoadReport, *, now: float) -> ReportResult:
+        """Take a worker's report in and end the bookings it proves to be over."""
+        load = self._ranks.get(worker)
+        if load is None:
+            return ReportResult(ReportOutcome.UNKNOWN_WORKER)
+        if load.epoch != report.epoch:
+            return ReportResult(ReportOutcome.STALE_EPOCH)
+        if load.report is not None and report.sequence <= load.report.sequence:
+            return ReportResult(ReportOutcome.OLD_SEQUENCE)
+        load.report = report
+        others = (share for router_id, share in report.per_router.items() if router_id != self._router_id)
+        load.others = sum(others, start=report.unrouted)
+        ended = [booking for booking in load.bookings.values() if booking.is_ended_by(report)]
+        for booking in ended:
+            self._end(booking, now=now)
+        for booking in load.bookings.values():
+            if booking.reservation_id in report.reservation_ids:
+                booking.was_shown, booking.seen_at = True, now
+        return ReportResult(ReportOutcome.APPLIED, tuple(booking.key for booking in ended))
+
+    def expire(self, *, now: float) -> tuple[AttemptKey, ...]:
+        """End the bookings that no report has shown for `booking_ttl_s`, and forget keys that ended long ago."""
+        overdue = [b for b in self._bookings.values() if now - b.seen_at >= self._booking_ttl_s]
+        for booking in overdue:
+            self._end(booking, now=now)
+        self._forget_ended(now=now)
+        return tuple(booking.key for booking in overdue)
+
+    def estimate(self, worker: WorkerRank) -> RouterLoad:
+        """Return the load of a rank as this router knows it, nothing for one it does not follow. O(1)."""
+        load = self._ranks.get(worker)
+        if load is None:
+            return RouterLoad()
+        others = load.others
+        return RouterLoad(
+            len(load.bookings) + others.active_requests,
+            load.prefill_tokens + others.prefill_tokens,
+            len(load.holders) + load.unhashed_blocks + others.decode_blocks,
+        )
+
+    def active_prefix_blocks(self, worker: WorkerRank, block_hashes: Sequence[SequenceHash]) -> int:
+        """Count the leading blocks of a chain that bookings hold on this rank. O(log blocks)."""
+        load = self._ranks.get(worker)
+        if load is None or not block_hashes or block_hashes[0] not in load.holders:
+            return 0
+        active, absent = 1, len(block_hashes) + 1
+        while absent - active > 1:
+            middle = (active + absent) // 2
+            if block_hashes[middle - 1] in load.holders:
+                active = middle
+            else:
+                absent = middle
+        return active
+
+    def report(self, worker: WorkerRank) -> LoadReport | None:
+        """Return the last report applied, or None."""
+        load = self._ranks.get(worker)
+        return load.report if load is not None else None
+
+    def age_s(self, worker: WorkerRank, *, now: float) -> float:
+        """Return the age of what is known of this rank: since its last report, or since it is followed."""
+        load = self._ranks.get(worker)
+        if load is None:
+            return float("inf")
+        return now - (load.report.received_at if load.report is not None else load.since)
+
+    def is_booked(self, key: AttemptKey) -> bool:
+        """Tell whether this key holds a booking."""
+        return key in self._bookings
+
+    def _find(self, key: AttemptKey, *, now: float) -> _Booking | None:
+        booking = self._bookings.get(key)
+        if booking is None and not self._ended_lately(key, now=now):
+            raise NotKnownError(Reason.NOT_FOUND, f"no reservation {key}")
+        return booking
+
+    def _ended_lately(self, key: AttemptKey, *, now: float) -> bool:
+        ended_at = self._released_at.get(key)
+        return ended_at is not None and now - ended_at <= self._released_ttl_s
+
+    def _end(self, booking: _Booking, *, now: float) -> None:
+        load = self._ranks[booking.worker]
+        del load.bookings[booking.key]
+        holders = load.holders
+        for block_hash in booking.block_hashes:
+            count = holders[block_hash]
+            if count == 1:
+                del holders[block_hash]
+            else:
+                holders[block_hash] = count - 1
+        load.unhashed_blocks -= booking.unhashed_blocks
+        load.prefill_tokens -= booking.prefill_tokens
+        self._note_ended(booking.key, now=now)
+
+    def _end_all(self, load: _RankLoad, *, now: float) -> tuple[AttemptKey, ...]:
+        """End the bookings of a rank that is going away: its sums go with it."""
+        ended = tuple(load.bookings)
+        for key in ended:
+            self._note_ended(key, now=now)
+        return ended
+
+    def _note_ended(self, key: AttemptKey, *, now: float) -> None:
+        del self._bookings[key]
+        self._released_at[key] = now
+        self._released_at.move_to_end(key)  # it may have been here long ago
+        self._forget_ended(now=now)
+
+    def _forget_ended(self, *, now: float) -> None:
+        while self._released_at:
+            key = next(iter(self._released_at))
+            is_known = now - self._released_at[key] <= self._released_ttl_s
+            if is_known and len(self._released_at) <= self._max_released:
+                return
+            del self._released_at[key]

@@ -1,0 +1,86 @@
+"""What the router answered to each Reserve that is still booked, so that asking again gives the same answer.
+
+Explanations are large (every candidate of every decision), so full ones are kept apart, only the latest, bounded by
+candidates. The bookings themselves are the load table's.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from kvmesh.core.candidates import RoutingQuery, Selection
+from kvmesh.core.errors import ConflictError, NotKnownError, Reason
+from kvmesh.core.ids import AttemptKey, Epoch, WorkerRank
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """A booked choice."""
+
+    key: AttemptKey
+    reservation_id: int
+    """The worker's load reports show it by this number."""
+    selection: Selection
+
+    @property
+    def worker(self) -> WorkerRank:
+        """Where the request goes."""
+        return self.selection.worker
+
+    @property
+    def epoch(self) -> Epoch:
+        """The incarnation it is booked on."""
+        return self.selection.epoch
+
+    @property
+    def overlap_blocks(self) -> int:
+        """Leading prompt blocks expected in its cache."""
+        return self.selection.overlap_blocks
+
+
+class Reservations:
+    """Answers by key, and the latest explanations."""
+
+    def __init__(self, *, max_explained: int) -> None:
+        """Keep explanations of at most `max_explained` candidates in all."""
+        self._max_explained = max_explained
+        self._answers: dict[AttemptKey, Reservation] = {}
+        self._explained: OrderedDict[AttemptKey, Selection] = OrderedDict()
+        self._explained_candidates = 0
+
+    def __len__(self) -> int:
+        return len(self._answers)
+
+    def find(self, key: AttemptKey, query: RoutingQuery) -> Reservation | None:
+        """Return the answer given before. Raises: ConflictError(ALREADY_EXISTS) if it was to another query."""
+        answer = self._answers.get(key)
+        if answer is not None and answer.selection.query != query:
+            raise ConflictError(Reason.ALREADY_EXISTS, f"{key} is reserved with different content")
+        return answer
+
+    def put(self, reservation: Reservation) -> None:
+        """Keep an answer until `forget`, and its explanation while there is room."""
+        selection = reservation.selection
+        slim = replace(selection, scores=(), candidates=(), excluded=())
+        self._answers[reservation.key] = replace(reservation, selection=slim)
+        self._explained[reservation.key] = selection
+        self._explained_candidates += _size(selection)
+        while self._explained_candidates > self._max_explained:
+            _, oldest = self._explained.popitem(last=False)
+            self._explained_candidates -= _size(oldest)
+
+    def forget(self, keys: Iterable[AttemptKey]) -> None:
+        """Drop the answers of bookings that ended; explanations stay while there is room."""
+        for key in keys:
+            self._answers.pop(key, None)
+
+    def explain(self, key: AttemptKey) -> Selection:
+        """Return the full selection behind a lately booked answer. Raises: NotKnownError(NOT_FOUND)."""
+        selection = self._explained.get(key)
+        if selection is None:
+            raise NotKnownError(Reason.NOT_FOUND, f"no explanation of {key} is kept")
+        return selection
+
+
+def _size(selection: Selection) -> int:
+    return len(selection.candidates) + len(selection.excluded)
