@@ -16,12 +16,34 @@ Who owns which blocks:
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
+from kvmesh.core.block_claims import Import, Pin
 from kvmesh.core.ids import AttemptKey, SequenceHash
+from kvmesh.core.kv_events import BlocksRemoved, BlocksStored, CacheCleared, KvEvent
+
+__all__ = [
+    "BlocksRemoved",
+    "BlocksStored",
+    "CacheCleared",
+    "Engine",
+    "EngineInfo",
+    "EngineLoad",
+    "EngineRequest",
+    "FinishReason",
+    "Import",
+    "KvEvent",
+    "KvLayout",
+    "Output",
+    "Pin",
+    "PoolStats",
+    "PromptForm",
+    "Sampling",
+    "StepResult",
+]
 
 
 class PromptForm(Enum):
@@ -105,30 +127,16 @@ class EngineRequest:
     """Local hashes of the same blocks; () for TEXT."""
     prefill_only: bool = False
     """Compute and pin the blocks [0, (prompt_tokens - 1) // block_size), sample nothing."""
+    lora: str | None = None
+    """With `cache_namespace`: part of the identity of the blocks that generated tokens fill."""
+    cache_namespace: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Pin:
-    """Blocks held in the pool, not evictable until `unpin`."""
+class Output(NamedTuple):
+    """What one step produced for one request, tokens or words in order.
 
-    pin_id: int
-    block_ids: tuple[int, ...]
-    block_hashes: tuple[SequenceHash, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Import:
-    """Blocks allocated to receive KV from elsewhere; not yet visible to anyone."""
-
-    import_id: int
-    block_ids: tuple[int, ...]
-    first_block: int
-    """Index in the prompt of the first of them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """What one step produced for one request, tokens or words in order."""
+    A tuple and no dataclass: one is made per running request and step, and a frozen dataclass takes four times as long.
+    """
 
     key: AttemptKey
     token_ids: tuple[int, ...] = ()
@@ -145,30 +153,6 @@ class Output:
     """With PREFILLED: owned by the receiver."""
     error: str | None = None
     """The request failed inside the engine; nothing follows. For the operator's log."""
-
-
-@dataclass(frozen=True, slots=True)
-class BlocksStored:
-    """Blocks became prefix cache: `block_hashes[0]` follows `parent`, each further one its predecessor."""
-
-    parent: SequenceHash | None
-    block_hashes: tuple[SequenceHash, ...]
-    local_hashes: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class BlocksRemoved:
-    """Blocks were evicted."""
-
-    block_hashes: tuple[SequenceHash, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class CacheCleared:
-    """The whole prefix cache is gone."""
-
-
-KvEvent = BlocksStored | BlocksRemoved | CacheCleared
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,13 +204,18 @@ class Engine(Protocol):
         """What this engine is; constant, and safe to read on any thread."""
 
     def submit(self, request: EngineRequest) -> None:
-        """Take a request in. Raises: FixRequestError(INVALID_FIELD) if it can never run (context, pool, prompt form)."""
+        """Take a request in.
+
+        Raises:
+            FixRequestError: EMPTY_PROMPT, or INVALID_FIELD naming the field, if it can never run here.
+            ConflictError: ALREADY_EXISTS if its key is here.
+        """
 
     def cancel(self, key: AttemptKey) -> bool:
         """Drop a request and free its blocks; False if it is not here (already finished). Idempotent."""
 
     def has_work(self) -> bool:
-        """Tell whether a step would do anything."""
+        """Tell whether a step would do anything: False too while all that waits has to wait for an unpin."""
 
     def step(self) -> StepResult:
         """Run one batch step. `outputs` holds at most one entry per request."""
@@ -247,7 +236,12 @@ class Engine(Protocol):
         """Give a pin back. Raises: NotKnownError if it is not held."""
 
     def begin_import(self, block_hashes: Sequence[SequenceHash], *, first_block: int) -> Import:
-        """Allocate room for blocks `first_block` and on of this sequence. Raises: BackOffError(OVERLOADED) if the pool is full."""
+        """Allocate room for blocks `first_block` and on of this sequence.
+
+        Raises:
+            FixRequestError: INVALID_FIELD `first_block` if it lies outside of the sequence.
+            BackOffError: OVERLOADED if the pool is full.
+        """
 
     def commit_import(
         self, import_id: int, *, block_hashes: Sequence[SequenceHash], local_hashes: Sequence[int]
@@ -255,8 +249,12 @@ class Engine(Protocol):
         """Make imported blocks prefix cache and pin the whole sequence [0, len(block_hashes)).
 
         `block_hashes` and `local_hashes` are those of the whole sequence from block 0. Blocks before `first_block` must
-        still be cached (the caller holds their pin). Emits BlocksStored. Raises: MeshError(KV_TRANSFER_FAILED) if what
-        arrived is not what was asked for, where the engine can tell; the import is aborted then.
+        still be cached (the caller holds their pin). Emits BlocksStored.
+
+        Raises:
+            NotKnownError: NOT_FOUND if it is not open.
+            TryElsewhereError: KV_TRANSFER_FAILED if what arrived is not what was asked for, where the engine can tell;
+                the import is aborted then.
         """
 
     def abort_import(self, import_id: int) -> None:

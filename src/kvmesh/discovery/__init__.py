@@ -1,0 +1,1 @@
+"""Who is alive and where: the port, and the stores behind it."""

@@ -1,0 +1,234 @@
+"""The one settings tree, and `load_settings`, which fills it: defaults < file < `KVMESH_*` env < flags.
+
+`Settings(...)` itself reads nothing but its arguments, so that a test or an embedding program gets what it wrote.
+Every key is two levels deep (`section.name`), except `insecure` and the entries of `engine.options`.
+"""
+
+import ipaddress
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+
+from kvmesh.core.waits import Waits
+from kvmesh.runtime.settings_sources import LoadedSettings, SettingsError, load_tree
+
+__all__ = ["LoadedSettings", "Settings", "SettingsError", "load_settings"]
+
+Seconds = Annotated[float, Field(gt=0, le=86_400)]
+Port = Annotated[int, Field(ge=0, le=65_535)]
+Weight = Annotated[float, Field(ge=0, le=1_000_000)]
+
+
+class Section(BaseModel):
+    """A group of settings: frozen, and closed to unknown keys."""
+
+    # No protected namespaces: `model_name` is a word of ours.
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class MeshSettings(Section):
+    """How many workers one process runs, and what their nodes are called."""
+
+    decode: int = Field(default=2, ge=1, le=64)
+    """Decode workers."""
+    prefill: int = Field(default=1, ge=0, le=64)
+    """Prefill workers; 0 = aggregated, every prefill is local."""
+    node_names: Annotated[list[str], NoDecode] = []
+    """Names that the workers take round robin, decode workers first; empty = NODE1, NODE2, ..., one per worker."""
+
+    @field_validator("node_names", mode="before")
+    @classmethod
+    def _split_at_commas(cls, value: object) -> object:
+        return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+
+    @field_validator("node_names")
+    @classmethod
+    def _refuse_unusable_names(cls, names: list[str]) -> list[str]:
+        for name in names:
+            if not name or "/" in name or not name.isprintable():
+                raise ValueError(f"{name!r} cannot name a node: one or more printable characters, and no '/'")
+        return names
+
+    def node_name(self, worker_index: int) -> str:
+        """Return the node of the worker with this index from 0: decode workers come first, then prefill workers."""
+        return self.node_names[worker_index % len(self.node_names)] if self.node_names else f"NODE{worker_index + 1}"
+
+
+class EngineSettings(Section):
+    """What runs inside each worker."""
+
+    name: str = Field(default="echo", min_length=1)
+    """Name of the engine, as the composition root registers it, e.g. "echo" or "simulated"."""
+    options: dict[str, str] = {}
+    """The engine's own options; it checks them itself."""
+    speedup: float | None = Field(default=None, ge=0, le=1_000_000)
+    """Divides the modelled time of a simulated engine; 0 = as fast as it can; None = the engine's default."""
+    model: Path | None = None
+    """Folder of the model or tokenizer; None = none."""
+    model_name: str | None = Field(default=None, min_length=1)
+    """Name under which the model is served; None = the engine's default."""
+
+    @field_validator("options", mode="before")
+    @classmethod
+    def _write_scalars_as_text(cls, value: object) -> object:
+        if not isinstance(value, Mapping):
+            return value
+        return {key: _option_text(item) for key, item in value.items()}
+
+
+class RouterSettings(Section):
+    """How the router chooses and books."""
+
+    policy: str = Field(default="kv_aware", min_length=1)
+    """Name of the routing policy."""
+    overlap_credit: Weight = 1.0
+    """Blocks of prefill that one overlapping block saves."""
+    prefill_scale: Weight = 1.0
+    """Weight of prefill blocks against decode blocks."""
+    request_weight: Weight = 0.0
+    """Blocks that one active request weighs."""
+    temperature: float = Field(default=0.0, ge=0, le=1_000)
+    """0 = the lowest cost wins; above 0 = softmax over the range-normalised costs."""
+    stale_after_s: Seconds = 3.0
+    """Age of a worker's last load report from which on it counts as saturated."""
+    reservation_ttl_s: Seconds = 30.0
+    """How long a reservation lives that no report shows."""
+    seed: int | None = Field(default=None, ge=0, lt=2**64)
+    """Makes the picks repeatable; None = drawn at the start."""
+
+
+class QueueSettings(Section):
+    """The prefill queue's leases and bounds."""
+
+    lease_ttl_s: float = Field(default=10.0, gt=0, le=3_600)
+    """Life of a lease that is not extended."""
+    max_attempts: int = Field(default=3, ge=1, le=100)
+    """Leases of one task, however they end; then it is dead."""
+    max_depth: int = Field(default=1_024, ge=1, le=1_000_000)
+    """Waiting tasks beyond which Submit is refused."""
+    max_skips: int = Field(default=4, ge=0, le=1_000)
+    """Times a task may be passed over for a younger one with a cached prefix; 0 = no affinity."""
+    backoff_base_s: float = Field(default=2.0, ge=0, le=3_600)
+    """Wait after the first failed attempt; each further one doubles it."""
+    backoff_cap_s: float = Field(default=30.0, ge=0, le=3_600)
+    """Longest wait after a failed attempt."""
+
+
+class RemotePrefillSettings(Section):
+    """When a decode worker asks a prefill worker."""
+
+    min_uncached_tokens: int | None = Field(default=None, ge=0, le=100_000_000)
+    """Remote from this many uncached prompt tokens on; 0 = never; None = 1 for echo and tiny models, else 256."""
+    min_prompt_tokens: int | None = Field(default=None, ge=0, le=100_000_000)
+    """Prompts of fewer tokens stay local whatever is cached; None = no minimum."""
+    max_queue_depth: int = Field(default=512, ge=0, le=1_000_000)
+    """Local while more tasks than this are queued."""
+    required: bool = False
+    """True: a failed remote prefill fails the request (PREFILL_FAILED) instead of running locally."""
+
+
+class HttpSettings(Section):
+    """The HTTP door."""
+
+    host: str = "127.0.0.1"
+    """Address to bind."""
+    port: Port = 8000
+    """Port to bind; 0 = any free one."""
+    max_body_bytes: int = Field(default=8 * 1024 * 1024, ge=1_024, le=1024 * 1024 * 1024)
+    """Longest request body; a longer one is answered with 413."""
+
+
+class GrpcSettings(Section):
+    """The gRPC door."""
+
+    host: str = "127.0.0.1"
+    """Address to bind."""
+    port: Port = 50_051
+    """Port to bind; 0 = any free one."""
+
+
+class LogSettings(Section):
+    """What is logged, and how."""
+
+    level: Literal["debug", "info", "warning", "error", "critical"] = "info"
+    """Events below this level are dropped."""
+    format: Literal["auto", "json", "console"] = "auto"
+    """auto = console on a terminal, else json."""
+
+
+class Settings(BaseSettings):
+    """Every setting of a kvmesh process."""
+
+    model_config = SettingsConfigDict(
+        extra="forbid",
+        frozen=True,
+        env_prefix="KVMESH_",
+        env_nested_delimiter="__",
+        env_ignore_empty=True,
+    )
+
+    namespace: str = Field(default="default", min_length=1)
+    """Workers find each other within one namespace."""
+    mesh: MeshSettings = MeshSettings()
+    engine: EngineSettings = EngineSettings()
+    router: RouterSettings = RouterSettings()
+    queue: QueueSettings = QueueSettings()
+    remote_prefill: RemotePrefillSettings = RemotePrefillSettings()
+    waits: Waits = Waits()
+    http: HttpSettings = HttpSettings()
+    grpc: GrpcSettings = GrpcSettings()
+    log: LogSettings = LogSettings()
+    insecure: bool = False
+    """True: hosts other than loopback may be bound without TLS."""
+
+    @model_validator(mode="after")
+    def _refuse_to_leave_loopback(self) -> "Settings":
+        for key, host in (("http.host", self.http.host), ("grpc.host", self.grpc.host)):
+            if not self.insecure and not is_loopback(host):
+                raise ValueError(
+                    f"{key} = {host!r} leaves loopback, where anyone could use the mesh: "
+                    "pass --insecure (insecure = true) if the network is trusted, or keep 127.0.0.1"
+                )
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Read nothing but the arguments: file and environment are `load_settings`'s."""
+        return (init_settings,)
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether only this machine can reach what is bound to `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def load_settings(
+    *, config_file: Path | None = None, overrides: Mapping[str, Any] | None = None
+) -> LoadedSettings[Settings]:
+    """Return the settings in force and where each comes from; `overrides` are flags by dotted key.
+
+    Raises: SettingsError whose text names every wrong setting, its source and the fix.
+    """
+    return load_tree(Settings, config_file=config_file, overrides=overrides or {})
+
+
+def _option_text(value: object) -> object:
+    """Files write `blocks = 64` and `fast = true`: options are text, so scalars become what a flag would say."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value) if isinstance(value, int | float) else value

@@ -1,0 +1,315 @@
+"""The requests that a decode worker owns, from accepted to their end, whatever door they came through.
+
+A request's life:
+    submitted -> rejected                                     (the sink hears `failed(rejected=True)`, nothing is owned)
+              -> accepted -> [remote prefill] -> engine -> finished | failed | cancelled
+Everything it holds (engine slot, blocks, pin, remote task, deadline timer) is given back in `_end`, in one place.
+"""
+
+import asyncio
+from collections.abc import Callable
+from typing import Protocol
+
+from kvmesh import telemetry
+from kvmesh.core.errors import (
+    ConflictError,
+    MeshError,
+    NotKnownError,
+    OutOfTimeError,
+    Reason,
+    TryElsewhereError,
+)
+from kvmesh.core.ids import AttemptKey
+from kvmesh.engines.engine import EngineRequest, FinishReason, Output
+from kvmesh.services.decode_request import to_engine_request
+from kvmesh.services.engine_driver import EngineDriver
+from kvmesh.services.owned_tasks import OwnedTasks
+from kvmesh.services.remote_prefill import Prepared, RemotePrefill
+from kvmesh.v1 import decode_worker_pb2, generation_pb2, worker_events_pb2
+from kvmesh.wire.validation import seconds
+
+log = telemetry.logger(__name__)
+
+_FINISH = {
+    FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
+}
+
+
+class Sink(Protocol):
+    """Where a request's events go; called on the event loop, in order, and never after its end."""
+
+    def accepted(self, load_sequence: int) -> None:
+        """The worker owns the request."""
+
+    def prefill(self, decision: generation_pb2.PrefillDecision | None) -> None:
+        """Where the prefill runs; None: the prompt is computed."""
+
+    def produced(self, token_ids: tuple[int, ...], words: tuple[str, ...]) -> None:
+        """Some output."""
+
+    def finished(self, finished: generation_pb2.Finished) -> None:
+        """A good end."""
+
+    def failed(self, error: MeshError, *, rejected: bool) -> None:
+        """A bad end; `rejected`: the worker never owned it."""
+
+
+class _Running:
+    """One owned request; the engine driver's listener for it."""
+
+    __slots__ = (
+        "deadline",
+        "deadline_at",
+        "engine_request",
+        "generated",
+        "owner",
+        "prefill_tokens",
+        "prepared",
+        "prompt_tokens",
+        "request",
+        "sink",
+        "task",
+        "usage",
+    )
+
+    def __init__(
+        self,
+        owner: "DecodeRequests",
+        request: decode_worker_pb2.DecodeRequest,
+        engine_request: EngineRequest,
+        prompt_tokens: int,
+        sink: Sink,
+    ) -> None:
+        self.owner = owner
+        self.request = request
+        self.engine_request = engine_request
+        self.sink = sink
+        self.prompt_tokens = prompt_tokens
+        self.prefill_tokens = prompt_tokens
+        """Still to be computed here."""
+        self.generated = 0
+        self.usage = generation_pb2.Usage(prompt_tokens=prompt_tokens)
+        self.prepared: Prepared | None = None
+        self.task: asyncio.Task[None] | None = None
+        self.deadline: asyncio.TimerHandle | None = None
+        self.deadline_at = 0.0
+
+    def output(self, output: Output) -> None:
+        """Hear from the engine."""
+        if output.error is not None:
+            self.owner.fail(self, MeshError(Reason.INTERNAL, output.error))
+            return
+        if output.prefill_done:
+            self.prefill_tokens = 0
+            self.usage.prompt_tokens = output.prompt_tokens
+            if self.prepared is None:
+                self.usage.cached_tokens = output.cached_tokens
+            self.owner.prompt_computed(self)
+        count = len(output.token_ids) or len(output.words)
+        if count:
+            self.generated += count
+            self.sink.produced(output.token_ids, output.words)
+        if output.finish is not None:
+            self.usage.completion_tokens = self.generated
+            self.owner.finish(self, _FINISH[output.finish])
+
+    def failed(self, error: MeshError) -> None:
+        """Hear that the engine refused or lost it."""
+        self.owner.fail(self, error)
+
+
+class DecodeRequests:
+    """Owns every running request of one decode worker. All methods are for the event loop."""
+
+    def __init__(
+        self,
+        *,
+        driver: EngineDriver,
+        models: tuple[str, ...],
+        remote_prefill: RemotePrefill | None,
+        request_timeout_s: float,
+    ) -> None:
+        """Serve `models` with one engine; without `remote_prefill` every prefill is local."""
+        self.draining = False
+        self.counters: dict[str, int] = {
+            "requests": 0, "remote_prefills": 0, "local_prefills": 0, "kv_bytes_moved": 0, "cached_tokens": 0,
+        }  # fmt: skip
+        self.load_changed: Callable[[], None] = lambda: None
+        """Told whenever what `shares` answers has changed; set by the worker that publishes loads."""
+        self.load_sequence: Callable[[], int] = lambda: 0
+        self._driver = driver
+        self._models = models
+        self._remote_prefill = remote_prefill
+        self._request_timeout_s = request_timeout_s
+        self._running: dict[AttemptKey, _Running] = {}
+        self._tasks = OwnedTasks()
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def submit(self, request: decode_worker_pb2.DecodeRequest, sink: Sink) -> AttemptKey | None:
+        """Take a request in, or reject it through its sink and return None."""
+        try:
+            running = self._admit(request, sink)
+        except MeshError as error:
+            sink.failed(error, rejected=True)
+            return None
+        key = running.engine_request.key
+        self._running[key] = running
+        self._empty.clear()
+        self.counters["requests"] += 1
+        self.load_changed()
+        sink.accepted(self.load_sequence())
+        if self._remote_prefill is not None and self._remote_prefill.is_possible(request.model):
+            running.task = self._tasks.start(self._prepare(running), name=f"prepare-{key.request_id}")
+        else:
+            self._run_locally(running, reason="no_prefill_worker")
+        return key
+
+    def cancel(self, key: AttemptKey) -> None:
+        """Drop a request whose receiver is gone; its sink hears nothing more. Idempotent."""
+        running = self._running.get(key)
+        if running is not None:
+            self._end(running)
+
+    def finish(self, running: _Running, reason: generation_pb2.FinishReason) -> None:
+        """End a request well."""
+        if self._end(running):
+            running.sink.finished(generation_pb2.Finished(reason=reason, usage=running.usage))
+
+    def fail(self, running: _Running, error: MeshError) -> None:
+        """End a request badly."""
+        if self._end(running):
+            running.sink.failed(error, rejected=False)
+
+    def prompt_computed(self, running: _Running) -> None:
+        """Note that the prompt's last token is computed: what was pinned for it is now its own."""
+        self.counters["cached_tokens"] += running.usage.cached_tokens
+        self._unpin(running)
+        running.sink.prefill(None)
+
+    def shares(self) -> list[worker_events_pb2.RouterShare]:
+        """Return the load by the router that sent it; "" = unrouted."""
+        by_router: dict[str, worker_events_pb2.RouterShare] = {}
+        block_size = self._driver.info.block_size
+        for running in self._running.values():
+            router_id = running.request.router_id
+            share = by_router.get(router_id)
+            if share is None:
+                share = by_router[router_id] = worker_events_pb2.RouterShare(router_id=router_id)
+            share.active_requests += 1
+            share.prefill_tokens += running.prefill_tokens
+            share.decode_blocks += -(-(running.prompt_tokens + running.generated) // block_size)
+        return list(by_router.values())
+
+    def reservation_ids(self, router_id: str) -> list[int]:
+        """Return the live reservations of one router."""
+        return [
+            running.request.reservation_id
+            for running in self._running.values()
+            if running.request.router_id == router_id and running.request.reservation_id
+        ]
+
+    async def drain(self, timeout_s: float) -> tuple[int, int]:
+        """Take nothing new, let what runs finish, fail the rest after `timeout_s`; return (finished, cancelled)."""
+        self.draining = True
+        self.load_changed()
+        before = len(self._running)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._empty.wait()
+        except TimeoutError:
+            telemetry.WAIT_ENDED.labels(wait="drain_s").inc()
+        left = list(self._running.values())
+        for running in left:
+            self.fail(running, TryElsewhereError(Reason.DRAINING, "this worker is shutting down"))
+        return before - len(left), len(left)
+
+    async def aclose(self) -> None:
+        """Fail whatever still runs."""
+        await self.drain(0)
+        await self._tasks.aclose()
+
+    def _admit(self, request: decode_worker_pb2.DecodeRequest, sink: Sink) -> _Running:
+        if self.draining:
+            raise TryElsewhereError(Reason.DRAINING, "this worker takes no new requests")
+        if request.model and request.model not in self._models:
+            raise NotKnownError(
+                Reason.UNKNOWN_MODEL, f"{request.model}: this worker serves {', '.join(self._models)}", field="model"
+            )
+        engine_request, prompt_tokens = to_engine_request(request, self._driver.info)
+        if engine_request.key in self._running:
+            raise ConflictError(Reason.ALREADY_EXISTS, f"{request.request_id}/{request.attempt} is running")
+        running = _Running(self, request, engine_request, prompt_tokens, sink)
+        timeout_s = self._request_timeout_s
+        if request.HasField("timeout"):
+            timeout_s = min(timeout_s, seconds(request.timeout, path="timeout"))
+        loop = asyncio.get_running_loop()
+        running.deadline_at = loop.time() + timeout_s
+        running.deadline = loop.call_at(running.deadline_at, self._expire, running)
+        return running
+
+    def _expire(self, running: _Running) -> None:
+        self.fail(running, OutOfTimeError(Reason.DEADLINE, "the request's time is up on the worker"))
+
+    async def _prepare(self, running: _Running) -> None:
+        """Have the prefill done remotely if that pays, then decode; any trouble on the way means a local prefill."""
+        assert self._remote_prefill is not None
+        try:
+            prepared = await self._remote_prefill.prepare(
+                running.request,
+                running.engine_request,
+                prompt_tokens=running.prompt_tokens,
+                deadline_at=running.deadline_at,
+                on_decision=lambda decision: self._decided(running, decision),
+            )
+        except MeshError as error:
+            self.fail(running, error)
+            return
+        if prepared is None:
+            self._run_locally(running, reason=None)
+            return
+        running.prepared = prepared
+        running.usage.cached_tokens = prepared.cached_tokens
+        running.usage.remote_prefill_tokens = prepared.remote_tokens
+        running.usage.kv_bytes_moved = prepared.bytes_moved
+        self.counters["remote_prefills"] += 1
+        self.counters["kv_bytes_moved"] += prepared.bytes_moved
+        self._driver.submit(running.engine_request, running)
+
+    def _decided(self, running: _Running, decision: generation_pb2.PrefillDecision) -> None:
+        running.prefill_tokens = 0 if decision.remote else running.prompt_tokens
+        running.sink.prefill(decision)
+        self.load_changed()
+
+    def _run_locally(self, running: _Running, *, reason: str | None) -> None:
+        """`reason`: why, where nobody has said it yet."""
+        running.prefill_tokens = running.prompt_tokens
+        self.counters["local_prefills"] += 1
+        if reason is not None:
+            running.sink.prefill(generation_pb2.PrefillDecision(remote=False, reason=reason))
+        self._driver.submit(running.engine_request, running)
+
+    def _end(self, running: _Running) -> bool:
+        """Give back everything a request holds; False if it had ended already."""
+        if self._running.pop(running.engine_request.key, None) is None:
+            return False
+        if running.deadline is not None:
+            running.deadline.cancel()
+        if running.task is not None and running.task is not asyncio.current_task():
+            running.task.cancel()
+        self._driver.cancel(running.engine_request.key)
+        self._unpin(running)
+        if not self._running:
+            self._empty.set()
+        self.load_changed()
+        return True
+
+    def _unpin(self, running: _Running) -> None:
+        prepared = running.prepared
+        if prepared is not None and prepared.pin_id is not None:
+            pin_id, prepared.pin_id = prepared.pin_id, None
+            self._driver.post(lambda engine: engine.unpin(pin_id))

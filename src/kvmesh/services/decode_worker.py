@@ -1,0 +1,103 @@
+"""The two doors of a decode worker: Generate for people and other languages, Exchange for processors."""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
+
+import grpc
+
+from kvmesh.core.errors import MeshError
+from kvmesh.services.decode_requests import DecodeRequests
+from kvmesh.services.exchange import Exchange
+from kvmesh.v1 import decode_worker_pb2, decode_worker_pb2_grpc, generation_pb2
+from kvmesh.wire.validation import invalid
+
+_Response = decode_worker_pb2.DecodeWorkerGenerateResponse
+_LAST_EVENTS = frozenset({"finished"})
+
+
+class _CallSink:
+    """Collects the events of one Generate call; output that the reader has not taken yet merges into one chunk."""
+
+    def __init__(self) -> None:
+        self.events: deque[_Response | MeshError] = deque()
+        self.ready = asyncio.Event()
+
+    def accepted(self, load_sequence: int) -> None:
+        self._put(_Response(accepted=decode_worker_pb2.Accepted(load_sequence=load_sequence)))
+
+    def prefill(self, decision: generation_pb2.PrefillDecision | None) -> None:
+        if decision is not None:
+            self._put(_Response(prefill=decision))
+
+    def produced(self, token_ids: tuple[int, ...], words: tuple[str, ...]) -> None:
+        last = self.events[-1] if self.events else None
+        if isinstance(last, _Response) and last.HasField("chunk"):
+            last.chunk.token_ids.extend(token_ids)
+            last.chunk.text += "".join(words)
+        else:
+            self._put(_Response(chunk=generation_pb2.Chunk(token_ids=token_ids, text="".join(words))))
+
+    def finished(self, finished: generation_pb2.Finished) -> None:
+        self._put(_Response(finished=finished))
+
+    def failed(self, error: MeshError, *, rejected: bool) -> None:
+        self._put(error)
+
+    def _put(self, event: _Response | MeshError) -> None:
+        self.events.append(event)
+        self.ready.set()
+
+
+class DecodeWorker(decode_worker_pb2_grpc.DecodeWorkerServicer):
+    """Serves the requests of one decode worker."""
+
+    def __init__(self, requests: DecodeRequests, *, write_timeout_s: float) -> None:
+        """Open both doors to `requests`."""
+        self._requests = requests
+        self._write_timeout_s = write_timeout_s
+        self._exchanges: dict[str, Exchange] = {}
+
+    async def Generate(  # type: ignore[override]  # the stub's base is synchronous
+        self,
+        request: decode_worker_pb2.DecodeWorkerGenerateRequest,
+        context: grpc.aio.ServicerContext,  # type: ignore[type-arg]
+    ) -> AsyncIterator[_Response]:
+        """See the contract."""
+        sink = _CallSink()
+        key = self._requests.submit(request.request, sink)
+        try:
+            while True:
+                await sink.ready.wait()
+                sink.ready.clear()
+                while sink.events:
+                    event = sink.events.popleft()
+                    if isinstance(event, MeshError):
+                        raise event
+                    yield event
+                    if event.WhichOneof("event") in _LAST_EVENTS:
+                        return
+        finally:
+            if key is not None:
+                self._requests.cancel(key)
+
+    async def Exchange(  # type: ignore[override]  # the stub's base is synchronous
+        self,
+        request_iterator: AsyncIterator[decode_worker_pb2.ExchangeRequest],
+        context: grpc.aio.ServicerContext,  # type: ignore[type-arg]
+    ) -> None:
+        """See the contract."""
+        first = await anext(aiter(request_iterator), None)
+        if first is None or first.WhichOneof("command") != "open" or not first.open.processor_id:
+            raise invalid("command", "the first command of an exchange is open, with a processor_id")
+        processor_id = first.open.processor_id
+        older = self._exchanges.get(processor_id)
+        if older is not None:
+            older.supersede()
+        exchange = Exchange(self._requests, write_timeout_s=self._write_timeout_s)
+        self._exchanges[processor_id] = exchange
+        try:
+            await exchange.run(request_iterator, context)
+        finally:
+            if self._exchanges.get(processor_id) is exchange:
+                del self._exchanges[processor_id]

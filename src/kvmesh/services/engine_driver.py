@@ -1,0 +1,222 @@
+"""Drives one engine on its one thread, and hands what it produces to the event loop.
+
+One turn = the commands that piled up, then one step: a single hop to the engine's thread and back. While the modelled
+time of a step passes, commands go on being applied, so a pin never waits for a slow step that only sleeps.
+"""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+from kvmesh import telemetry
+from kvmesh.core.errors import MeshError, Reason, TryElsewhereError
+from kvmesh.core.ids import AttemptKey
+from kvmesh.engines.engine import Engine, EngineLoad, EngineRequest, KvEvent, Output, StepResult
+
+log = telemetry.logger(__name__)
+
+T = TypeVar("T")
+_NOTHING = StepResult()
+_TIMER_SLACK_S = 0.005
+"""How late a timer may be without the modelled time falling behind."""
+
+
+class Listener(Protocol):
+    """Who hears of one request; called on the event loop, in order."""
+
+    def output(self, output: Output) -> None:
+        """Take what a step produced; the last one has `finish` or `error` set."""
+
+    def failed(self, error: MeshError) -> None:
+        """Take the end of a request that the engine refused or lost; nothing follows."""
+
+
+@dataclass(slots=True)
+class _Command:
+    apply: Callable[[Engine], Any]
+    future: asyncio.Future[Any] | None = None
+    """Who waits for the result; None for submits and cancels."""
+    key: AttemptKey | None = None
+    """The request a submit is about: it hears of the refusal."""
+
+
+@dataclass(slots=True)
+class _Turn:
+    replies: list[tuple[_Command, Any, Exception | None]] = field(default_factory=list)
+    kv_events: tuple[KvEvent, ...] = ()
+    step: StepResult = _NOTHING
+    load: EngineLoad = EngineLoad()
+    has_work: bool = False
+    crash: Exception | None = None
+
+
+class EngineDriver:
+    """Owns the engine and its thread. All methods are for the event loop."""
+
+    def __init__(self, engine: Engine, *, on_turn: Callable[[tuple[KvEvent, ...]], None], name: str) -> None:
+        """Take the engine over; `on_turn` hears, after each turn that changed something, of its KV events."""
+        self.info = engine.info
+        self.load = EngineLoad(max_requests=engine.info.max_sequences, total_blocks=engine.info.total_blocks)
+        """Figures after the last turn."""
+        self.crash: Exception | None = None
+        """Set when a step raised: the engine is not used again."""
+        self._engine = engine
+        self._on_turn = on_turn
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"engine-{name}")
+        self._commands: list[_Command] = []
+        self._listeners: dict[AttemptKey, Listener] = {}
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._step_ended_at = 0.0
+
+    def start(self) -> None:
+        """Begin to run turns."""
+        self._task = asyncio.get_running_loop().create_task(self._run(), name="engine-driver")
+
+    async def aclose(self) -> None:
+        """Stop the turns, free the engine, fail what still runs."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        self._lose_all(TryElsewhereError(Reason.WORKER_LOST, "the engine was closed"))
+        await asyncio.get_running_loop().run_in_executor(self._executor, self._engine.close)
+        self._executor.shutdown(wait=False)
+
+    def submit(self, request: EngineRequest, listener: Listener) -> None:
+        """Take a request in with the next turn; a refusal reaches the listener."""
+        if self.crash is not None:
+            listener.failed(TryElsewhereError(Reason.WORKER_LOST, "the engine of this worker has failed"))
+            return
+        self._listeners[request.key] = listener
+        self._post(_Command(lambda engine: engine.submit(request), key=request.key))
+
+    def cancel(self, key: AttemptKey) -> None:
+        """Drop a request with the next turn; its listener hears nothing more. Idempotent."""
+        if self._listeners.pop(key, None) is not None:
+            self._post(_Command(lambda engine: engine.cancel(key)))
+
+    def post(self, apply: Callable[[Engine], Any]) -> None:
+        """Apply to the engine with the next turn, nobody waiting: for giving pins and imports back."""
+        self._post(_Command(apply))
+
+    async def call(self, apply: Callable[[Engine], T]) -> T:
+        """Apply to the engine with the next turn and return the result. For questions: see `acquire` for the rest."""
+        return await self.acquire(apply, undo=None)
+
+    async def acquire(self, apply: Callable[[Engine], T], *, undo: Callable[[Engine, T], Any] | None) -> T:
+        """As `call`; if the waiting is cancelled, `undo` gives back what was acquired, so that nothing leaks."""
+        if self.crash is not None:
+            raise TryElsewhereError(Reason.WORKER_LOST, "the engine of this worker has failed")
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._post(_Command(apply, future))
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            future.add_done_callback(lambda done: self._give_back(done, undo))
+            raise
+
+    def _give_back(self, done: "asyncio.Future[T]", undo: Callable[[Engine, T], Any] | None) -> None:
+        if done.cancelled() or done.exception() is not None or undo is None:
+            return
+        result = done.result()
+        self.post(lambda engine: undo(engine, result))
+
+    def _post(self, command: _Command) -> None:
+        self._commands.append(command)
+        self._wake.set()
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        has_work = False
+        while self.crash is None:
+            if not has_work and not self._commands:
+                self._wake.clear()
+                await self._wake.wait()
+            started_at = loop.time()
+            turn = await self._take_turn(step=True)
+            has_work = turn.has_work
+            if turn.step.duration_s:
+                await self._let_pass(turn.step.duration_s, started_at=started_at)
+            for output in turn.step.outputs:
+                self._deliver(output)
+        log.error("engine.crashed", exc_info=self.crash)
+        self._lose_all(TryElsewhereError(Reason.WORKER_LOST, f"the engine failed: {self.crash}"))
+
+    async def _take_turn(self, *, step: bool) -> _Turn:
+        commands, self._commands = self._commands, []
+        turn = await asyncio.get_running_loop().run_in_executor(self._executor, self._turn, commands, step)
+        self.load, self.crash = turn.load, turn.crash
+        for command, value, error in turn.replies:
+            self._reply(command, value, error)
+        if turn.kv_events or turn.replies or turn.step.outputs:
+            self._on_turn(turn.kv_events)
+        return turn
+
+    def _turn(self, commands: list[_Command], step: bool) -> _Turn:
+        """Run on the engine's thread."""
+        turn = _Turn()
+        for command in commands:
+            try:
+                turn.replies.append((command, command.apply(self._engine), None))
+            except Exception as error:  # a command's failure belongs to whoever posted it
+                turn.replies.append((command, None, error))
+        try:
+            turn.kv_events = self._engine.drain_kv_events()
+            if step and self._engine.has_work():
+                turn.step = self._engine.step()
+                turn.kv_events += turn.step.kv_events
+            turn.load, turn.has_work = self._engine.load(), self._engine.has_work()
+        except Exception as error:  # a step that raises leaves an engine nobody can trust
+            turn.crash = error
+        return turn
+
+    async def _let_pass(self, duration_s: float, *, started_at: float) -> None:
+        """Wait until the modelled step ends; a step that began right after another begins where that one ended."""
+        if started_at - self._step_ended_at < _TIMER_SLACK_S:
+            started_at = self._step_ended_at
+        self._step_ended_at = started_at + duration_s
+        loop = asyncio.get_running_loop()
+        while (remaining := self._step_ended_at - loop.time()) > 0:
+            self._wake.clear()
+            try:
+                async with asyncio.timeout(remaining):
+                    await self._wake.wait()
+            except TimeoutError:
+                return
+            await self._take_turn(step=False)
+
+    def _reply(self, command: _Command, value: Any, error: Exception | None) -> None:
+        if command.future is not None:
+            if command.future.done():
+                return
+            if error is None:
+                command.future.set_result(value)
+            else:
+                command.future.set_exception(error)
+        elif error is not None and command.key is not None:
+            listener = self._listeners.pop(command.key, None)
+            if listener is not None:
+                listener.failed(error if isinstance(error, MeshError) else MeshError(Reason.INTERNAL, str(error)))
+        elif error is not None:
+            log.warning("engine.command_failed", exc_info=error)
+
+    def _deliver(self, output: Output) -> None:
+        if output.finish is None and output.error is None:
+            listener = self._listeners.get(output.key)
+        else:
+            listener = self._listeners.pop(output.key, None)
+        if listener is not None:
+            listener.output(output)
+        elif output.pin is not None:  # cancelled while its last step ran: nobody owns the pin
+            pin_id = output.pin.pin_id
+            self.post(lambda engine: engine.unpin(pin_id))
+
+    def _lose_all(self, error: MeshError) -> None:
+        listeners, self._listeners = self._listeners, {}
+        for listener in listeners.values():
+            listener.failed(error)
+        commands, self._commands = self._commands, []
+        for command in commands:
+            self._reply(command, None, error)

@@ -1,0 +1,159 @@
+"""The worker's end of DecodeWorker.Exchange: many requests on one stream, one frame per engine step.
+
+At most one frame is unsent: while a write is under way, what further steps produce merges into the next one.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from itertools import chain
+
+import grpc
+
+from kvmesh import telemetry
+from kvmesh.core.errors import MeshError
+from kvmesh.core.ids import AttemptKey
+from kvmesh.services.decode_requests import DecodeRequests
+from kvmesh.v1 import decode_worker_pb2, generation_pb2
+from kvmesh.wire.error_catalog import to_status
+from kvmesh.wire.validation import invalid
+
+log = telemetry.logger(__name__)
+
+
+class _StreamSink:
+    """Puts the events of one request into the exchange's pending frame."""
+
+    __slots__ = ("exchange", "key", "stream_id")
+
+    def __init__(self, exchange: "Exchange", stream_id: int) -> None:
+        self.exchange = exchange
+        self.stream_id = stream_id
+        self.key: AttemptKey | None = None
+
+    def accepted(self, load_sequence: int) -> None:
+        self.exchange.frame.accepted.add(stream_id=self.stream_id, load_sequence=load_sequence)
+        self.exchange.ready.set()
+
+    def prefill(self, decision: generation_pb2.PrefillDecision | None) -> None:
+        self.exchange.frame.prefills.add(stream_id=self.stream_id, decision=decision)
+        self.exchange.ready.set()
+
+    def produced(self, token_ids: tuple[int, ...], words: tuple[str, ...]) -> None:
+        self.exchange.produced(self.stream_id, token_ids, words)
+
+    def finished(self, finished: generation_pb2.Finished) -> None:
+        self.exchange.frame.finished.add(stream_id=self.stream_id, finished=finished)
+        self.exchange.ended(self.stream_id)
+
+    def failed(self, error: MeshError, *, rejected: bool) -> None:
+        self.exchange.frame.failed.add(stream_id=self.stream_id, status=to_status(error), rejected=rejected)
+        self.exchange.ended(self.stream_id)
+
+
+class Exchange:
+    """One open exchange. When it ends, for whatever reason, all of its requests are cancelled."""
+
+    def __init__(self, requests: DecodeRequests, *, write_timeout_s: float) -> None:
+        """Serve one processor with `requests`."""
+        self.frame = decode_worker_pb2.ExchangeResponse()
+        self.ready = asyncio.Event()
+        self._requests = requests
+        self._write_timeout_s = write_timeout_s
+        self._tokens: dict[int, list[tuple[int, ...]]] = {}
+        self._words: dict[int, list[tuple[str, ...]]] = {}
+        self._sinks: dict[int, _StreamSink] = {}
+        self._closing: asyncio.Event = asyncio.Event()
+
+    def produced(self, stream_id: int, token_ids: tuple[int, ...], words: tuple[str, ...]) -> None:
+        """Add output to the pending frame."""
+        if words:
+            self._words.setdefault(stream_id, []).append(words)
+        else:
+            parts = self._tokens.get(stream_id)
+            if parts is None:
+                self._tokens[stream_id] = [token_ids]
+            else:
+                parts.append(token_ids)
+        self.ready.set()
+
+    def ended(self, stream_id: int) -> None:
+        """Note that a request needs no cancelling any more."""
+        self._sinks.pop(stream_id, None)
+        self.ready.set()
+
+    def supersede(self) -> None:
+        """End this exchange: the same processor has opened another."""
+        self._closing.set()
+        self.ready.set()
+
+    async def run(
+        self,
+        commands: AsyncIterator[decode_worker_pb2.ExchangeRequest],
+        context: grpc.aio.ServicerContext,  # type: ignore[type-arg]
+    ) -> None:
+        """Serve until the processor half-closes, goes away, stalls, or is superseded."""
+        telemetry.EXCHANGES_OPEN.inc()
+        reader = asyncio.ensure_future(self._read(commands))
+        reader.add_done_callback(lambda _: self.supersede())
+        try:
+            await self._write(context)
+            if reader.done():
+                reader.result()
+        except TimeoutError:
+            telemetry.WAIT_ENDED.labels(wait="exchange_write_s").inc()
+            log.warning("exchange.stalled", seconds=self._write_timeout_s)
+        finally:
+            telemetry.EXCHANGES_OPEN.dec()
+            reader.cancel()
+            for sink in list(self._sinks.values()):
+                if sink.key is not None:
+                    self._requests.cancel(sink.key)
+            self._sinks.clear()
+            await asyncio.gather(reader, return_exceptions=True)
+
+    async def _read(self, commands: AsyncIterator[decode_worker_pb2.ExchangeRequest]) -> None:
+        async for command in commands:
+            match command.WhichOneof("command"):
+                case "submit":
+                    self._submit(command.submit)
+                case "cancel":
+                    sink = self._sinks.pop(command.cancel.stream_id, None)
+                    if sink is not None and sink.key is not None:
+                        self._requests.cancel(sink.key)
+                case _:
+                    raise invalid("command", "submit or cancel, after one open")
+
+    def _submit(self, submit: decode_worker_pb2.ExchangeSubmit) -> None:
+        if submit.stream_id in self._sinks:
+            raise invalid("submit.stream_id", f"{submit.stream_id} is in use on this exchange")
+        sink = _StreamSink(self, submit.stream_id)
+        self._sinks[submit.stream_id] = sink
+        sink.key = self._requests.submit(submit.request, sink)
+
+    async def _write(self, context: grpc.aio.ServicerContext) -> None:  # type: ignore[type-arg]
+        while True:
+            await self.ready.wait()
+            self.ready.clear()
+            if self._closing.is_set():
+                return
+            frame = self._take_frame()
+            async with asyncio.timeout(self._write_timeout_s):
+                await context.write(frame)
+            telemetry.EXCHANGE_FRAMES.inc()
+
+    def _take_frame(self) -> decode_worker_pb2.ExchangeResponse:
+        frame, self.frame = self.frame, decode_worker_pb2.ExchangeResponse()
+        if self._tokens:
+            deltas, self._tokens = self._tokens, {}
+            frame.stream_ids.extend(deltas)
+            flat = [parts[0] if len(parts) == 1 else tuple(chain.from_iterable(parts)) for parts in deltas.values()]
+            frame.counts.extend(map(len, flat))
+            frame.token_ids.extend(chain.from_iterable(flat))
+        if self._words:
+            words, self._words = self._words, {}
+            frame.stream_ids.extend(words)
+            for parts in words.values():
+                own = list(chain.from_iterable(parts))
+                frame.counts.append(len(own))
+                frame.words.extend(own)
+        return frame

@@ -1,0 +1,60 @@
+"""What a worker needs to know of the others: where the queue is, and who could prefill. Learned from discovery."""
+
+import asyncio
+from contextlib import aclosing
+
+from kvmesh.core.roster import Roster, WorkerRole
+from kvmesh.discovery.discovery import Deleted, Discovery, DiscoveryEvent, Put, Snapshot
+from kvmesh.services.owned_tasks import OwnedTasks
+
+
+class Peers:
+    """Follows discovery into a roster."""
+
+    def __init__(self, discovery: Discovery, *, namespace: str) -> None:
+        """Follow one namespace, from `start` on."""
+        self.roster = Roster()
+        self._discovery = discovery
+        self._namespace = namespace
+        self._tasks = OwnedTasks()
+        self._changed = asyncio.Event()
+
+    def start(self) -> None:
+        """Begin to follow."""
+        self._tasks.start(self._follow(), name="peers")
+
+    async def aclose(self) -> None:
+        """Stop following."""
+        await self._tasks.aclose()
+
+    def prefill_workers(self, model: str) -> int:
+        """Count the prefill workers that take new work for `model` ("" = any)."""
+        records = self.roster.of(WorkerRole.PREFILL, model) if model else self.roster.records(WorkerRole.PREFILL)
+        return sum(not record.draining for record in records)
+
+    def queue_address(self) -> str | None:
+        """Return where the prefill queue is served, or None while none is known."""
+        records = self.roster.records(WorkerRole.QUEUE)
+        return records[0].address if records else None
+
+    async def changed(self) -> None:
+        """Wait for the next change of the roster."""
+        await self._changed.wait()
+
+    async def _follow(self) -> None:
+        async with aclosing(self._discovery.watch(self._namespace)) as events:
+            async for event in events:
+                self._apply(event)
+                self._changed.set()
+                self._changed = asyncio.Event()
+
+    def _apply(self, event: DiscoveryEvent) -> None:
+        match event:
+            case Snapshot(records):
+                self.roster = Roster()
+                for record in records:
+                    self.roster.put(record)
+            case Put(record):
+                self.roster.put(record)
+            case Deleted(worker_id, epoch):
+                self.roster.remove(worker_id, epoch)

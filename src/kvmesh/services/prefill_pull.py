@@ -1,0 +1,223 @@
+"""The prefill worker's pull loop: attach to the queue, lease what fits, compute, complete."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+
+import grpc
+
+from kvmesh import telemetry
+from kvmesh.core.errors import FixRequestError, MeshError, Reason
+from kvmesh.core.waits import Waits
+from kvmesh.services.channels import Channels
+from kvmesh.services.engine_driver import EngineDriver
+from kvmesh.services.identity import WorkerIdentity
+from kvmesh.services.owned_tasks import OwnedTasks
+from kvmesh.services.peers import Peers
+from kvmesh.services.prefill_compute import PrefillCompute
+from kvmesh.transports.transport import Transport
+from kvmesh.v1 import prefill_queue_pb2, prefill_queue_pb2_grpc
+from kvmesh.wire.error_catalog import from_rpc_error, to_status
+from kvmesh.wire.layout import layout_to_wire
+from kvmesh.wire.validation import duration
+
+log = telemetry.logger(__name__)
+
+_LEASE_WAIT_S = 10.0
+_LEASE_TOKENS = 16_384
+_MAX_TASKS = 8
+_RETRY_S = (0.05, 1.0)
+_Stub = prefill_queue_pb2_grpc.PrefillQueueStub
+
+
+class PrefillPull:
+    """Pulls tasks for one prefill worker for its life; a lost queue is looked for again."""
+
+    def __init__(
+        self,
+        *,
+        identity: WorkerIdentity,
+        models: tuple[str, ...],
+        driver: EngineDriver,
+        compute: PrefillCompute,
+        peers: Peers,
+        channels: Channels,
+        transport: Transport,
+        waits: Waits,
+    ) -> None:
+        """Pull for `identity`, from `start` on."""
+        self.draining = False
+        self._identity = identity
+        self._models = models
+        self._driver = driver
+        self._compute = compute
+        self._peers = peers
+        self._channels = channels
+        self._transport = transport
+        self._waits = waits
+        self._loop_tasks = OwnedTasks()
+        self._work = OwnedTasks()
+        self._running: dict[str, asyncio.Task[None]] = {}
+        """By lease_id."""
+        self._slot_free = asyncio.Event()
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def start(self) -> None:
+        """Begin to pull."""
+        self._loop_tasks.start(self._pull(), name=f"pull-{self._identity.worker_id}")
+
+    async def drain(self, timeout_s: float) -> tuple[int, int]:
+        """Lease nothing new, finish what runs within `timeout_s`; return (finished, cancelled)."""
+        self.draining = True
+        running = list(self._running.values())
+        left = (await asyncio.wait(running, timeout=timeout_s))[1] if running else set()
+        await self._loop_tasks.aclose()
+        await self._work.aclose()
+        return len(running) - len(left), len(left)
+
+    async def aclose(self) -> None:
+        """Stop pulling; what runs is given up, and requeued by the end of the attachment."""
+        await self._loop_tasks.aclose()
+        await self._work.aclose()
+
+    async def _pull(self) -> None:
+        delay_s = _RETRY_S[0]
+        while not self.draining:
+            address = self._peers.queue_address()
+            if address is None:
+                await self._peers.changed()
+                continue
+            try:
+                await self._serve(_Stub(self._channels.get(address)))
+                delay_s = _RETRY_S[0]
+            except* (grpc.aio.AioRpcError, TimeoutError) as lost:
+                log.warning("queue.lost", worker_id=self._identity.worker_id, error=_one_line(lost.exceptions[0]))
+                delay_s = min(delay_s * 2, _RETRY_S[1])
+            await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))  # jitter of a retry, no secret
+
+    async def _serve(self, stub: _Stub) -> None:
+        """Hold the attachment and lease under it until either ends."""
+        attach = prefill_queue_pb2.AttachRequest(
+            worker_id=self._identity.worker_id,
+            epoch=self._identity.epoch,
+            models=self._models,
+            transports=[self._transport.name],
+        )
+        if self._driver.info.layout is not None:
+            attach.layout.CopyFrom(layout_to_wire(self._driver.info.layout))
+        notices = stub.Attach(attach)
+        try:
+            async with asyncio.timeout(self._waits.connect_s):
+                await anext(aiter(notices))
+            log.info("prefill.attached", worker_id=self._identity.worker_id)
+            async with asyncio.TaskGroup() as group:
+                leasing = group.create_task(self._lease(stub))
+                await self._hear(notices)
+                leasing.cancel()
+        finally:
+            notices.cancel()
+
+    async def _hear(self, notices: AsyncIterator[prefill_queue_pb2.AttachResponse]) -> None:
+        async for notice in notices:
+            match notice.WhichOneof("notice"):
+                case "cancelled":
+                    work = self._running.get(notice.cancelled.lease_id)
+                    if work is not None:
+                        work.cancel()
+                case "draining":
+                    return
+                case _:
+                    continue
+
+    async def _lease(self, stub: _Stub) -> None:
+        while not self.draining:
+            free = _MAX_TASKS - len(self._running)
+            if free <= 0:
+                self._slot_free.clear()
+                await self._slot_free.wait()
+                continue
+            request = prefill_queue_pb2.LeaseRequest(
+                worker_id=self._identity.worker_id,
+                epoch=self._identity.epoch,
+                max_tasks=free,
+                max_tokens=_LEASE_TOKENS,
+                wait=duration(_LEASE_WAIT_S),
+            )
+            leased = await stub.Lease(request, timeout=_LEASE_WAIT_S + self._waits.connect_s)
+            for task in leased.tasks:
+                self._running[task.lease_id] = self._work.start(
+                    self._do(stub, task), name=f"prefill-{task.task.request_id}"
+                )
+
+    async def _do(self, stub: _Stub, leased: prefill_queue_pb2.LeasedTask) -> None:
+        task = leased.task
+        where = {
+            "worker_id": self._identity.worker_id, "request_id": task.request_id, "attempt": task.attempt,
+            "lease_attempt": leased.lease_attempt,
+        }  # fmt: skip
+        log.info("prefill.leased", uncached_tokens=task.uncached_tokens, **where)
+        keeper = asyncio.ensure_future(self._keep(stub, leased, asyncio.current_task()))
+        try:
+            result = await self._compute.compute(task, lease_attempt=leased.lease_attempt)
+            await self._complete(stub, leased, result)
+            log.info("prefill.completed", computed_tokens=result.computed_tokens, **where)
+        except MeshError as error:
+            log.warning("prefill.failed", reason=error.reason.value, error=error.message, **where)
+            await self._fail(stub, leased, error)
+        finally:
+            keeper.cancel()
+            self._running.pop(leased.lease_id, None)
+            self._slot_free.set()
+
+    async def _keep(self, stub: _Stub, leased: prefill_queue_pb2.LeasedTask, work: asyncio.Task[None] | None) -> None:
+        """Extend the lease at a third of its TTL; when it is lost, stop the work: its result would be refused."""
+        ttl_s = leased.ttl.ToNanoseconds() / 1e9
+        while True:
+            await asyncio.sleep(ttl_s / 3)
+            try:
+                extended = await stub.Extend(
+                    prefill_queue_pb2.ExtendRequest(key=_key(leased), lease_id=leased.lease_id), timeout=ttl_s / 3
+                )
+                ttl_s = extended.ttl.ToNanoseconds() / 1e9
+            except grpc.aio.AioRpcError as exc:
+                error = from_rpc_error(exc)
+                if error.reason in (Reason.LEASE_LOST, Reason.NOT_FOUND) and work is not None:
+                    log.warning("prefill.lease_lost", request_id=leased.task.request_id)
+                    work.cancel()
+                    return
+
+    async def _complete(
+        self, stub: _Stub, leased: prefill_queue_pb2.LeasedTask, result: prefill_queue_pb2.TaskCompleted
+    ) -> None:
+        complete = prefill_queue_pb2.CompleteRequest(key=_key(leased), lease_id=leased.lease_id, result=result)
+        try:
+            await stub.Complete(complete, timeout=self._waits.connect_s)
+        except BaseException as exc:
+            self._compute.give_back(result)
+            if isinstance(exc, grpc.aio.AioRpcError):
+                raise from_rpc_error(exc) from exc
+            raise
+
+    async def _fail(self, stub: _Stub, leased: prefill_queue_pb2.LeasedTask, error: MeshError) -> None:
+        if error.reason is Reason.LEASE_LOST:
+            return
+        fail = prefill_queue_pb2.FailRequest(
+            key=_key(leased),
+            lease_id=leased.lease_id,
+            retryable=not isinstance(error, FixRequestError),
+            error=to_status(error),
+        )
+        try:
+            await stub.Fail(fail, timeout=self._waits.connect_s)
+        except grpc.aio.AioRpcError as exc:
+            log.warning("prefill.fail_not_told", error=_one_line(exc))  # the lease expires instead
+
+
+def _key(leased: prefill_queue_pb2.LeasedTask) -> prefill_queue_pb2.TaskKey:
+    return prefill_queue_pb2.TaskKey(request_id=leased.task.request_id, attempt=leased.task.attempt)
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{error.code().name}: {error.details()}" if isinstance(error, grpc.aio.AioRpcError) else repr(error)

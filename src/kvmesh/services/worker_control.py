@@ -1,0 +1,92 @@
+"""WorkerControl: of one worker, and, at the gateway, forwarded to the worker that is named."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import grpc
+
+from kvmesh.core.errors import NotKnownError, Reason
+from kvmesh.core.ids import WorkerId
+from kvmesh.core.roster import WorkerRecord
+from kvmesh.services.channels import Channels
+from kvmesh.services.identity import WorkerIdentity
+from kvmesh.v1 import worker_control_pb2, worker_control_pb2_grpc
+from kvmesh.wire.error_catalog import from_rpc_error
+from kvmesh.wire.validation import seconds
+
+_ANSWER_MARGIN_S = 5.0
+
+
+class Controlled(Protocol):
+    """A worker as its control sees it."""
+
+    @property
+    def identity(self) -> WorkerIdentity:
+        """Who it is."""
+
+    async def drain(self, timeout_s: float) -> tuple[int, int]:
+        """Take nothing new and end what runs within `timeout_s`; return (finished, cancelled)."""
+
+    async def describe(self) -> worker_control_pb2.GetInfoResponse:
+        """Return what the worker is and does."""
+
+
+class WorkerControl(worker_control_pb2_grpc.WorkerControlServicer):
+    """Controls the worker it runs in."""
+
+    def __init__(self, worker: Controlled, *, drain_s: float) -> None:
+        """Control `worker`; `drain_s` is the bound of a drain that sets none."""
+        self._worker = worker
+        self._drain_s = drain_s
+
+    async def Drain(  # type: ignore[override]  # the stub's base is synchronous
+        self,
+        request: worker_control_pb2.DrainRequest,
+        context: grpc.aio.ServicerContext,  # type: ignore[type-arg]
+    ) -> worker_control_pb2.DrainResponse:
+        """See the contract."""
+        if request.worker_id and request.worker_id != self._worker.identity.worker_id:
+            raise NotKnownError(Reason.NOT_FOUND, f"{request.worker_id} is not served here", field="worker_id")
+        finished, cancelled = await self._worker.drain(drain_timeout_s(request, self._drain_s))
+        return worker_control_pb2.DrainResponse(finished=finished, cancelled=cancelled)
+
+    async def GetInfo(  # type: ignore[override]  # the stub's base is synchronous
+        self,
+        request: worker_control_pb2.GetInfoRequest,
+        context: grpc.aio.ServicerContext,  # type: ignore[type-arg]
+    ) -> worker_control_pb2.GetInfoResponse:
+        """See the contract."""
+        return await self._worker.describe()
+
+
+class ForwardedWorkerControl(worker_control_pb2_grpc.WorkerControlServicer):
+    """Forwards to the worker that a request names: the gateway's WorkerControl."""
+
+    def __init__(self, *, find: Callable[[WorkerId], WorkerRecord | None], channels: Channels, drain_s: float) -> None:
+        """Find workers by `find`."""
+        self._find = find
+        self._channels = channels
+        self._drain_s = drain_s
+
+    async def Drain(  # type: ignore[override]  # the stub's base is synchronous
+        self,
+        request: worker_control_pb2.DrainRequest,
+        context: grpc.aio.ServicerContext,  # type: ignore[type-arg]
+    ) -> worker_control_pb2.DrainResponse:
+        """See the contract."""
+        record = self._find(WorkerId(request.worker_id))
+        if record is None:
+            raise NotKnownError(
+                Reason.NOT_FOUND, f"no live worker is called {request.worker_id!r}: see GetTopology", field="worker_id"
+            )
+        timeout_s = drain_timeout_s(request, self._drain_s)
+        stub = worker_control_pb2_grpc.WorkerControlStub(self._channels.get(record.address))
+        try:
+            return await stub.Drain(request, timeout=timeout_s + _ANSWER_MARGIN_S)
+        except grpc.aio.AioRpcError as exc:
+            raise from_rpc_error(exc) from exc
+
+
+def drain_timeout_s(request: worker_control_pb2.DrainRequest, default_s: float) -> float:
+    """Return the bound of a drain. Raises: FixRequestError(INVALID_FIELD) when it is out of range."""
+    return seconds(request.timeout, path="timeout") if request.HasField("timeout") else default_s

@@ -1,0 +1,231 @@
+"""WorkerEvents: what one worker says of its load and its cache to every router that asks.
+
+A watcher has no queue of its own: after each send it looks at what is newest, so a slow one costs nothing and, once it
+is behind the ring, gets a snapshot. Between two sends to it batches merge into one message.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from kvmesh.core.ids import Epoch, SequenceHash, WorkerId
+from kvmesh.core.kv_events import KvEvent
+from kvmesh.core.kv_history import KvHistory, merge
+from kvmesh.engines.engine import EngineLoad
+from kvmesh.v1 import worker_events_pb2, worker_events_pb2_grpc
+from kvmesh.wire import validation
+from kvmesh.wire.worker_events import kv_event_to_proto
+
+DEFAULT_MIN_INTERVAL_S = 0.01
+LOAD_HEARTBEAT_S = 1.0
+"""A load is sent at least this often, changed or not."""
+_MAX_INTERVAL_S = 60.0
+
+KvMessage = worker_events_pb2.WatchKvEventsResponse
+LoadMessage = worker_events_pb2.WatchLoadResponse
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankView:
+    """Load of one data-parallel rank."""
+
+    rank: int = 0
+    load: EngineLoad = EngineLoad()
+    shares: Sequence[worker_events_pb2.RouterShare] = ()
+    """The same load by the router that sent it; router_id "" = unrouted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadView:
+    """A worker's load as it is now, for one router."""
+
+    draining: bool = False
+    ranks: tuple[RankView, ...] = (RankView(),)
+    reservation_ids: Sequence[int] = ()
+    """Live reservations of the asking router."""
+
+
+class WorkerEvents(worker_events_pb2_grpc.WorkerEventsServicer):
+    """The servicer of one worker; `publish_kv` and `load_changed` are called on the event loop."""
+
+    def __init__(
+        self,
+        *,
+        worker_id: WorkerId,
+        epoch: Epoch,
+        block_size: int,
+        load_source: Callable[[str], LoadView],
+        ring_size: int = 1024,
+        ranks: int = 1,
+    ) -> None:
+        """Serve `ranks` caches; `load_source` returns the current load as the router of that id is to see it."""
+        self._worker_id = worker_id
+        self._epoch = epoch
+        self._block_size = block_size
+        self._load_source = load_source
+        self._histories = [KvHistory(ring_size=ring_size) for _ in range(ranks)]
+        self._kv_changed = _Signal()
+        self._load_changed = _Signal()
+        self._load_sequence = 1
+        self._closing = asyncio.Event()
+
+    @property
+    def load_sequence(self) -> int:
+        """Number of the newest load; a report with a higher one shows everything that was true when this was read."""
+        return self._load_sequence
+
+    def cached_blocks(self, rank: int = 0) -> frozenset[SequenceHash]:
+        """Return the blocks that a subscriber who missed nothing knows of; O(blocks), for tests and tools."""
+        return self._histories[rank].blocks
+
+    def kv_sequence(self, rank: int = 0) -> int:
+        """Return the newest position of one rank's events."""
+        return self._histories[rank].sequence
+
+    def publish_kv(self, events: Sequence[KvEvent], *, rank: int = 0) -> None:
+        """Tell the watchers what happened to one rank's cache; O(blocks of the events)."""
+        if events:
+            self._histories[rank].publish(events)
+            self._kv_changed.fire()
+
+    def load_changed(self) -> None:
+        """Tell the watchers that the load is another now; O(1)."""
+        self._load_sequence += 1
+        self._load_changed.fire()
+
+    def close(self) -> None:
+        """End every watch, so that the server can stop. Idempotent."""
+        self._closing.set()
+        self._kv_changed.fire()
+        self._load_changed.fire()
+
+    async def WatchLoad(
+        self, request: worker_events_pb2.WatchLoadRequest, context: worker_events_pb2_grpc._ServicerContext
+    ) -> AsyncIterator[LoadMessage]:
+        """See WorkerEvents.WatchLoad."""
+        interval_s = min(_min_interval_s(request), LOAD_HEARTBEAT_S)
+        now = asyncio.get_running_loop().time
+        while not self._closing.is_set():
+            sent_at, sequence = now(), self._load_sequence
+            yield self._load_message(request.router_id)
+            if sequence == self._load_sequence:
+                await self._load_changed.wait(sent_at + LOAD_HEARTBEAT_S)
+            if sequence == self._load_sequence:
+                self._load_sequence += 1  # a repetition is newer than what it repeats, else it could not freshen it
+            await self._pass_until(sent_at + interval_s)
+
+    async def WatchKvEvents(
+        self, request: worker_events_pb2.WatchKvEventsRequest, context: worker_events_pb2_grpc._ServicerContext
+    ) -> AsyncIterator[KvMessage]:
+        """See WorkerEvents.WatchKvEvents."""
+        if request.rank >= len(self._histories):
+            raise validation.invalid("rank", f"{request.rank} is out of range: 0 to {len(self._histories) - 1}")
+        interval_s = _min_interval_s(request)
+        history = self._histories[request.rank]
+        is_known = request.HasField("from_sequence") and request.epoch == self._epoch
+        position = request.from_sequence if is_known else None
+        await context.send_initial_metadata(())  # tells the watcher that it is followed, if there is nothing to send
+        now = asyncio.get_running_loop().time
+        while not self._closing.is_set():
+            batches = history.since(position) if position is not None else None
+            if batches == ():
+                await self._kv_changed.wait()
+                continue
+            sent_at = now()
+            if batches is None:
+                position = history.sequence
+                for message in self._snapshot(history, request.rank):
+                    yield message
+            else:
+                position = batches[-1].sequence
+                for batch in merge(batches):
+                    yield self._kv_message(request.rank, batch.sequence, batch.events)
+            await self._pass_until(sent_at + interval_s)
+
+    def _snapshot(self, history: KvHistory, rank: int) -> Iterable[KvMessage]:
+        """Return the parts of a snapshot; the cache is copied now, the parts are made as they are sent."""
+        sequence = history.sequence
+        parts = history.snapshot()
+
+        def messages() -> Iterable[KvMessage]:
+            message: KvMessage | None = None
+            for events in parts:
+                if message is not None:
+                    yield message
+                message = self._kv_message(rank, sequence, events)
+                message.snapshot = True
+            if message is not None:
+                message.snapshot_complete = True
+                yield message
+
+        return messages()
+
+    def _kv_message(self, rank: int, sequence: int, events: Iterable[KvEvent]) -> KvMessage:
+        return KvMessage(
+            worker_id=self._worker_id,
+            epoch=self._epoch,
+            rank=rank,
+            sequence=sequence,
+            events=[kv_event_to_proto(event, block_size=self._block_size) for event in events],
+        )
+
+    def _load_message(self, router_id: str) -> LoadMessage:
+        view = self._load_source(router_id)
+        return LoadMessage(
+            worker_id=self._worker_id,
+            epoch=self._epoch,
+            sequence=self._load_sequence,
+            ranks=[_rank_to_proto(rank) for rank in view.ranks],
+            reservation_ids=view.reservation_ids,
+            draining=view.draining,
+        )
+
+    async def _pass_until(self, when: float) -> None:
+        """Let the interval between two sends pass, or return at once when closing."""
+        if when <= asyncio.get_running_loop().time():
+            return
+        try:
+            async with asyncio.timeout_at(when):
+                await self._closing.wait()
+        except TimeoutError:
+            return
+
+
+class _Signal:
+    """Wakes whoever waits at this moment."""
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+
+    def fire(self) -> None:
+        event, self._event = self._event, asyncio.Event()
+        event.set()
+
+    async def wait(self, until: float | None = None) -> None:
+        """Return at the next `fire`, or at `until` on the loop's clock."""
+        try:
+            async with asyncio.timeout_at(until):
+                await self._event.wait()
+        except TimeoutError:
+            return
+
+
+def _min_interval_s(request: worker_events_pb2.WatchLoadRequest | worker_events_pb2.WatchKvEventsRequest) -> float:
+    if not request.HasField("min_interval"):
+        return DEFAULT_MIN_INTERVAL_S
+    return validation.seconds(request.min_interval, path="min_interval", high=_MAX_INTERVAL_S)
+
+
+def _rank_to_proto(view: RankView) -> worker_events_pb2.RankLoad:
+    load = view.load
+    return worker_events_pb2.RankLoad(
+        rank=view.rank,
+        active_requests=load.active_requests,
+        max_requests=load.max_requests,
+        active_blocks=load.active_blocks,
+        total_blocks=load.total_blocks,
+        waiting_requests=load.waiting_requests,
+        cache_usage=load.cache_usage,
+        prefix_hit_rate=load.prefix_hit_rate,
+        shares=view.shares,
+    )

@@ -1,0 +1,1 @@
+"""How KV blocks move between workers, behind one port."""

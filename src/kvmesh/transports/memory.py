@@ -1,0 +1,79 @@
+"""Moves blocks between pools of one process by copying them: the transport of a mesh in one process."""
+
+import asyncio
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from kvmesh.core.errors import Reason, TryElsewhereError
+
+INLINE_BYTES = 1 << 20
+"""Copies up to this size are done on the event loop: a thread costs more than they do."""
+
+
+class MemoryNetwork:
+    """The pools served within one process, by agent name; the composition root makes one."""
+
+    def __init__(self) -> None:
+        """Start with none."""
+        self.pools: dict[str, npt.NDArray[np.uint8]] = {}
+
+
+class MemoryTransport:
+    """One worker's end of a MemoryNetwork."""
+
+    def __init__(self, network: MemoryNetwork) -> None:
+        """Join a network."""
+        self._network = network
+        self._served: set[str] = set()
+
+    @property
+    def name(self) -> str:
+        """`memory`."""
+        return "memory"
+
+    def serve(self, agent_name: str, memory: npt.NDArray[np.uint8]) -> None:
+        """Let others of this process pull from `memory`."""
+        self._network.pools[agent_name] = memory
+        self._served.add(agent_name)
+
+    async def pull(
+        self,
+        agent_name: str,
+        *,
+        source_block_ids: Sequence[int],
+        target: npt.NDArray[np.uint8],
+        target_block_ids: Sequence[int],
+    ) -> int:
+        """Copy blocks from another pool of this process."""
+        source = self._network.pools.get(agent_name)
+        if source is None:
+            raise TryElsewhereError(Reason.KV_TRANSFER_FAILED, f"nobody serves KV blocks as {agent_name}")
+        if source.shape[1] != target.shape[1]:
+            raise TryElsewhereError(
+                Reason.KV_TRANSFER_FAILED, f"blocks of {source.shape[1]} bytes cannot be pulled into {target.shape[1]}"
+            )
+        if source_block_ids and not 0 <= min(source_block_ids) <= max(source_block_ids) < source.shape[0]:
+            raise TryElsewhereError(Reason.KV_TRANSFER_FAILED, f"{agent_name} has no such block")
+        size = len(source_block_ids) * int(source.shape[1])
+        if size <= INLINE_BYTES:
+            _copy(source, source_block_ids, target, target_block_ids)
+        else:
+            await asyncio.to_thread(_copy, source, source_block_ids, target, target_block_ids)
+        return size
+
+    async def aclose(self) -> None:
+        """Serve nothing any more."""
+        for agent_name in self._served:
+            self._network.pools.pop(agent_name, None)
+        self._served.clear()
+
+
+def _copy(
+    source: npt.NDArray[np.uint8],
+    source_block_ids: Sequence[int],
+    target: npt.NDArray[np.uint8],
+    target_block_ids: Sequence[int],
+) -> None:
+    target[list(target_block_ids)] = source[list(source_block_ids)]
