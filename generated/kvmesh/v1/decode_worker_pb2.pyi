@@ -406,21 +406,27 @@ class ExchangePrefill(_message.Message):
 
     STREAM_ID_FIELD_NUMBER: _builtins.int
     DECISION_FIELD_NUMBER: _builtins.int
+    USAGE_FIELD_NUMBER: _builtins.int
     stream_id: _builtins.int
     """The request."""
     @_builtins.property
     def decision(self) -> _generation_pb2.PrefillDecision:
         """The decision; unset when the prompt's last token has now been computed."""
 
+    @_builtins.property
+    def usage(self) -> _generation_pb2.Usage:
+        """Set with an unset decision: the prompt's part of the usage."""
+
     def __init__(
         self,
         *,
         stream_id: _builtins.int = ...,
         decision: _generation_pb2.PrefillDecision | None = ...,
+        usage: _generation_pb2.Usage | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "stream_id", b"stream_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "stream_id", b"stream_id", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
