@@ -13,6 +13,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, Counter, Gauge, His
 
 __all__ = ["CONTENT_TYPE_LATEST", "configure_logging", "exposition", "logger"]
 
+_TRACEBACKS = structlog.processors.ExceptionRenderer(structlog.tracebacks.ExceptionDictTransformer(show_locals=False))
 _LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 RPC_STARTED = Counter("kvmesh_rpc_started", "Calls that reached a handler.", ("service", "method"))
@@ -64,11 +65,14 @@ def exposition() -> bytes:
 
 def logger(name: str) -> Any:
     """Return the logger of one module; it obeys `configure_logging`, called before or after."""
-    return structlog.get_logger(logger=name)
+    return structlog.get_logger(module=name)
 
 
 def configure_logging(*, level: str = "info", log_format: str = "auto", stream: TextIO | None = None) -> None:
-    """Write events of `level` and above to `stream` (stderr); "auto" is console on a terminal, else JSON lines."""
+    """Write events of `level` and above to `stream` (stderr); "auto" is console on a terminal, else JSON lines.
+
+    Tracebacks name lines, never the values of variables: a prompt is one of them.
+    """
     out = stream or sys.stderr
     is_console = log_format == "console" or (log_format == "auto" and out.isatty())
     shared: list[Any] = [
@@ -77,9 +81,9 @@ def configure_logging(*, level: str = "info", log_format: str = "auto", stream: 
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     renderer: list[Any] = (
-        [structlog.dev.ConsoleRenderer(colors=out.isatty())]
+        [structlog.dev.ConsoleRenderer(colors=out.isatty(), exception_formatter=structlog.dev.plain_traceback)]
         if is_console
-        else [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+        else [_TRACEBACKS, structlog.processors.JSONRenderer()]
     )
     structlog.configure(
         processors=shared + renderer,

@@ -41,9 +41,14 @@ class Import:
 class BlockClaims:
     """The pins and imports of one pool. Ids are never reused."""
 
-    def __init__(self, pool: BlockPool) -> None:
-        """Start with none."""
+    def __init__(self, pool: BlockPool, *, reserved_blocks: int = 0) -> None:
+        """Start with none. Imports leave `reserved_blocks` to be had.
+
+        What is imported stays pinned until the request that it is for has run: a pool full of imports, with no block
+        left for any of those requests, would be stuck.
+        """
         self._pool = pool
+        self._reserved_blocks = reserved_blocks
         self._pins: dict[int, Pin] = {}
         self._imports: dict[int, Import] = {}
         self._last_id = 0
@@ -83,18 +88,19 @@ class BlockClaims:
 
         Raises:
             FixRequestError: INVALID_FIELD `first_block` if it lies outside of the sequence.
-            BackOffError: OVERLOADED if too few blocks are free or idle.
+            BackOffError: OVERLOADED if too few blocks are free or idle, the reserved ones not counted.
         """
         if not 0 <= first_block <= len(block_hashes):
             raise FixRequestError(
                 Reason.INVALID_FIELD, f"first_block {first_block} is not in 0..{len(block_hashes)}", field="first_block"
             )
         wanted = tuple(block_hashes[first_block:])
-        blocks = self._pool.allocate(len(wanted))
+        available = max(self._pool.available_blocks - self._reserved_blocks, 0)
+        blocks = self._pool.allocate(len(wanted)) if len(wanted) <= available else None
         if blocks is None:
             raise BackOffError(
                 Reason.OVERLOADED,
-                f"{len(wanted)} blocks wanted, {self._pool.available_blocks} of {self._pool.total_blocks} to be had",
+                f"{len(wanted)} blocks wanted, {available} of {self._pool.total_blocks} to be had",
                 retry_after_s=_RETRY_AFTER_S,
             )
         opened = Import(self._next_id(), tuple(blocks), first_block, wanted)

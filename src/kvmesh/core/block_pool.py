@@ -72,6 +72,16 @@ class BlockPool:
             parent = block_hash
         return depth
 
+    def has_room(self, block_hashes: Sequence[SequenceHash], blocks: int, *, spare: int = 0) -> bool:
+        """Tell whether a sequence of `blocks` blocks could be had now, its cached prefix reused, with `spare` left."""
+        cache, holds = self._cache, self._holds
+        available = self.available_blocks - spare
+        for depth in range(self.cached_prefix(block_hashes)):
+            blocks -= 1
+            if not holds[cache[block_hashes[depth]]]:
+                available -= 1  # idle now, and held then: it can be reused, but not evicted
+        return blocks <= available
+
     def hold_prefix(self, block_hashes: Sequence[SequenceHash]) -> list[int]:
         """Hold the longest cached prefix of a sequence and return its block ids; end it with `give_back`.
 

@@ -15,6 +15,8 @@ from kvmesh.core.remote_prefill import RemotePrefillDecision
 from kvmesh.core.roster import WorkerRole
 
 _NO_EPOCH = Epoch(0)
+_MAX_WEIGHT = 1e6
+"""Of a knob: far beyond sense, and products of it stay finite."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,9 +31,9 @@ class CostOverrides:
     def __post_init__(self) -> None:
         for name in ("overlap_credit", "prefill_scale", "request_weight", "temperature"):
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= 0):
+            if value is not None and not 0 <= value <= _MAX_WEIGHT:
                 raise FixRequestError(
-                    Reason.INVALID_FIELD, f"{name} is {value}, not a finite number >= 0", field=f"hints.{name}"
+                    Reason.INVALID_FIELD, f"{name} is {value}, not in 0..{_MAX_WEIGHT:g}", field=f"hints.cost.{name}"
                 )
 
 
@@ -65,7 +67,7 @@ class RoutingQuery:
     prompt_tokens: int
     block_hashes: Mapping[int, tuple[SequenceHash, ...]] = field(default_factory=dict)
     """By block size: the sequence hashes of the prompt's full blocks. A worker whose block size is absent is cold."""
-    prompt_text: str | None = None
+    prompt_text: str | None = field(default=None, repr=False)
     """For policies that compare text; it is in no log and no explanation."""
     lora: str | None = None
     cache_namespace: str | None = None
@@ -101,6 +103,9 @@ class Candidate:
     """0 = not said."""
     labels: Mapping[str, str] = field(default_factory=dict)
     load_age_s: float = 0.0
+    """Since its last load report or, before the first, since it is followed."""
+    is_reported: bool = False
+    """It has sent a load report."""
     index_age_s: float | None = None
     """Seconds since its last KV event; None before the first."""
     is_draining: bool = False
@@ -204,15 +209,15 @@ class Selection:
     """The estimate by which the prefill was booked; None if the router has no rule."""
 
     def explain(self) -> tuple[Verdict, ...]:
-        """Return every candidate, the chosen one first, then by cost, then the excluded ones."""
+        """Return every candidate by ascending cost, of equals the chosen one first; `excluded` has the others."""
         scores = {scored.worker: scored for scored in self.scores}
         verdicts = []
         for candidate in self.candidates:
             scored = scores.get(candidate.worker)
             cost, terms = (scored.cost, scored.terms) if scored is not None else (None, None)
             verdicts.append(Verdict(candidate, cost, terms, self._why_lost(candidate.worker, scored)))
-        verdicts.sort(key=lambda verdict: (verdict.lost != "", math.inf if verdict.cost is None else verdict.cost))
-        return (*verdicts, *(Verdict(candidate, None, None, why) for candidate, why in self.excluded))
+        verdicts.sort(key=lambda verdict: (math.inf if verdict.cost is None else verdict.cost, verdict.lost != ""))
+        return tuple(verdicts)
 
     def _why_lost(self, worker: WorkerRank, scored: Scored | None) -> str:
         if worker == self.worker:

@@ -10,16 +10,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Capability:
-    """What a task requires. Tasks with equal requirements wait in one line."""
+    """What a task requires; an empty field = any. Tasks with equal requirements wait in one line."""
 
     model: str
     block_size: int
-    """Tokens in a block; 0 when no KV moves."""
+    """Tokens in a block."""
     dtype: str
     layout: str
-    """Fingerprint of the KV layout; "" when no KV moves."""
+    """Fingerprint of the KV layout."""
     transports: frozenset[str] = frozenset()
-    """Ways in which the submitter can fetch the blocks, one of which suffices; empty = any."""
+    """Ways in which the submitter can fetch the blocks, one of which suffices."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Mismatch:
 
 @dataclass(frozen=True, slots=True)
 class WorkerCapability:
-    """What an attached prefill worker can do."""
+    """What an attached prefill worker can do; without KV to hand over, only its models are set."""
 
     models: frozenset[str]
     block_size: int
@@ -44,22 +44,22 @@ class WorkerCapability:
     def meets(self, requirement: Capability) -> bool:
         """Tell whether a worker with this capability can do a task with that requirement."""
         return (
-            requirement.model in self.models
-            and requirement.block_size == self.block_size
-            and requirement.dtype == self.dtype
-            and requirement.layout == self.layout
+            (not requirement.model or requirement.model in self.models)
+            and requirement.block_size in (0, self.block_size)
+            and requirement.dtype in ("", self.dtype)
+            and requirement.layout in ("", self.layout)
             and (not requirement.transports or not requirement.transports.isdisjoint(self.transports))
         )
 
     def mismatch(self, requirement: Capability) -> Mismatch:
         """Name the first field that differs, in the order of the fields; only asked when `meets` is false."""
-        if requirement.model not in self.models:
+        if requirement.model and requirement.model not in self.models:
             return Mismatch("model", requirement.model, _listed(self.models))
-        if requirement.block_size != self.block_size:
+        if requirement.block_size not in (0, self.block_size):
             return Mismatch("block_size", str(requirement.block_size), str(self.block_size))
-        if requirement.dtype != self.dtype:
+        if requirement.dtype not in ("", self.dtype):
             return Mismatch("dtype", requirement.dtype, self.dtype)
-        if requirement.layout != self.layout:
+        if requirement.layout not in ("", self.layout):
             return Mismatch("layout", requirement.layout, self.layout)
         return Mismatch("transport", _listed(requirement.transports), _listed(self.transports))
 

@@ -273,6 +273,7 @@ class LeaseQueue:
 
     def _fall_due(self, task: Task) -> None:
         if task.spec.expires_at is not None and task.spec.expires_at <= self._now:
+            self._table.leases_lost += task.lease is not None
             self._revoke(task)
             self._table.finish(task, TaskEvent.EXPIRE, TaskExpired(task.spec.key), now=self._now)
         elif task.state is TaskState.LEASED:
@@ -299,6 +300,7 @@ class LeaseQueue:
             self._lose(task, cause)
 
     def _lose(self, task: Task, cause: str) -> None:
+        self._table.leases_lost += 1
         if task.attempts < self._limits.max_attempts:
             self._table.move(task, TaskEvent.LOSE)
         else:

@@ -43,6 +43,8 @@ class QueueStats:
     requeued: int
     """Total of leases lost and requeued."""
     backed_off: int
+    leases_lost: int
+    """Total of leases that ended unanswered: expired, holder gone or superseded, time-to-live over."""
 
 
 class TaskTable:
@@ -62,6 +64,8 @@ class TaskTable:
         self._states: Counter[TaskState] = Counter()
         self._events: Counter[TaskEvent] = Counter()
         self._queued_tokens = 0
+        self.leases_lost = 0
+        """Leases that ended unanswered; counted by the queue, which knows the cause."""
 
     @property
     def waiting(self) -> int:
@@ -139,6 +143,7 @@ class TaskTable:
             },
             requeued=self._events[TaskEvent.LOSE],
             backed_off=self._events[TaskEvent.BACK_OFF],
+            leases_lost=self.leases_lost,
         )
 
     def snapshot(self) -> tuple[TaskView, ...]:

@@ -74,7 +74,7 @@ class AttachedWorkers:
         raise TryElsewhereError(
             Reason.NO_CAPABLE_WORKER,
             f"the task requires {mismatch.field} {mismatch.required!r}, the workers offer {mismatch.offered!r}",
-            metadata={"field": mismatch.field, "required": mismatch.required, "offered": mismatch.offered},
+            metadata={"capability": mismatch.field, "required": mismatch.required, "offered": mismatch.offered},
         )
 
     def _note_offers(self) -> None:

@@ -13,71 +13,14 @@ Laws:
 """
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 
 from kvmesh.core.errors import ConflictError, NotKnownError, Reason
 from kvmesh.core.ids import AttemptKey, Epoch, RouterId, SequenceHash, WorkerId, WorkerRank
+from kvmesh.core.load_report import LoadReport, ReportOutcome, ReportResult, RouterLoad
 
-
-@dataclass(frozen=True, slots=True)
-class RouterLoad:
-    """Load that reached a worker one way: through one router, or unrouted."""
-
-    active_requests: int = 0
-    prefill_tokens: int = 0
-    """Prompt tokens still to be computed there."""
-    decode_blocks: int = 0
-
-    def __add__(self, other: "RouterLoad") -> "RouterLoad":
-        return RouterLoad(
-            self.active_requests + other.active_requests,
-            self.prefill_tokens + other.prefill_tokens,
-            self.decode_blocks + other.decode_blocks,
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadReport:
-    """One load snapshot of a worker rank."""
-
-    epoch: Epoch
-    sequence: int
-    """Counts reports of one epoch and rank."""
-    received_at: float
-    """Seconds, on the clock of `now`."""
-    active_requests: int = 0
-    max_requests: int = 0
-    active_blocks: int = 0
-    total_blocks: int = 0
-    waiting_requests: int = 0
-    cache_usage: float = 0.0
-    prefix_hit_rate: float = 0.0
-    per_router: Mapping[RouterId, RouterLoad] = field(default_factory=dict)
-    unrouted: RouterLoad = RouterLoad()
-    reservation_ids: frozenset[int] = frozenset()
-    """The asking router's reservations that the worker holds."""
-
-
-class ReportOutcome(Enum):
-    """What became of a load report."""
-
-    APPLIED = "applied"
-    UNKNOWN_WORKER = "unknown_worker"
-    STALE_EPOCH = "stale_epoch"
-    """It is not of the live incarnation."""
-    OLD_SEQUENCE = "old_sequence"
-    """Not newer than the last one applied."""
-
-
-@dataclass(frozen=True, slots=True)
-class ReportResult:
-    """What a load report changed."""
-
-    outcome: ReportOutcome
-    released: tuple[AttemptKey, ...] = ()
-    """Bookings that the report ended."""
+__all__ = ["LoadReport", "LoadTable", "ReportOutcome", "ReportResult", "RouterLoad"]
 
 
 @dataclass(slots=True)
@@ -136,6 +79,11 @@ class LoadTable:
         self._bookings: dict[AttemptKey, _Booking] = {}
         self._released_at: OrderedDict[AttemptKey, float] = OrderedDict()  # the oldest first
 
+    @property
+    def router_id(self) -> RouterId:
+        """Whose bookings these are."""
+        return self._router_id
+
     def put_worker(self, worker: WorkerRank, epoch: Epoch, *, now: float) -> tuple[AttemptKey, ...]:
         """Follow a rank; another epoch of it ends the bookings of the one before, which are returned."""
         load = self._ranks.get(worker)
@@ -166,6 +114,8 @@ class LoadTable:
         Raises: ConflictError(ALREADY_EXISTS) if the key is booked with other content or has ended;
         NotKnownError(NOT_FOUND) if the worker is not followed.
         """
+        assert prefill_tokens >= 0, prefill_tokens
+        assert unhashed_blocks >= 0, unhashed_blocks
         content = (worker, tuple(block_hashes), prefill_tokens, unhashed_blocks)
         held = self._bookings.get(key)
         if held is not None:
@@ -202,6 +152,7 @@ class LoadTable:
 
     def add_output_blocks(self, key: AttemptKey, count: int, *, now: float) -> None:
         """Add blocks of generated tokens; NOT idempotent. Raises: NotKnownError(NOT_FOUND)."""
+        assert count >= 0, count
         booking = self._find(key, now=now)
         if booking is not None:
             booking.unhashed_blocks += count
@@ -285,6 +236,11 @@ class LoadTable:
                 absent = middle
         return active
 
+    def booking_count(self, worker: WorkerRank) -> int:
+        """Count the bookings on a rank."""
+        load = self._ranks.get(worker)
+        return len(load.bookings) if load is not None else 0
+
     def report(self, worker: WorkerRank) -> LoadReport | None:
         """Return the last report applied, or None."""
         load = self._ranks.get(worker)
@@ -296,10 +252,6 @@ class LoadTable:
         if load is None:
             return float("inf")
         return now - (load.report.received_at if load.report is not None else load.since)
-
-    def is_booked(self, key: AttemptKey) -> bool:
-        """Tell whether this key holds a booking."""
-        return key in self._bookings
 
     def _find(self, key: AttemptKey, *, now: float) -> _Booking | None:
         booking = self._bookings.get(key)

@@ -1,7 +1,7 @@
 """What the router answered to each Reserve that is still booked, so that asking again gives the same answer.
 
-Explanations are large (every candidate of every decision), so full ones are kept apart, only the latest, bounded by
-candidates. The bookings themselves are the load table's.
+Explanations are large (every candidate of every decision, and the prompt), so full ones are kept apart, only the
+latest, bounded by their size. The bookings themselves are the load table's.
 """
 
 from collections import OrderedDict
@@ -38,11 +38,16 @@ class Reservation:
         return self.selection.overlap_blocks
 
 
+_HASHES_PER_CANDIDATE = 16
+_CHARACTERS_PER_CANDIDATE = 512
+"""What takes about as much memory as one candidate."""
+
+
 class Reservations:
     """Answers by key, and the latest explanations."""
 
     def __init__(self, *, max_explained: int) -> None:
-        """Keep explanations of at most `max_explained` candidates in all."""
+        """Keep explanations of at most `max_explained` candidates in all; prompts count as candidates by size."""
         self._max_explained = max_explained
         self._answers: dict[AttemptKey, Reservation] = {}
         self._explained: OrderedDict[AttemptKey, Selection] = OrderedDict()
@@ -54,7 +59,7 @@ class Reservations:
     def find(self, key: AttemptKey, query: RoutingQuery) -> Reservation | None:
         """Return the answer given before. Raises: ConflictError(ALREADY_EXISTS) if it was to another query."""
         answer = self._answers.get(key)
-        if answer is not None and answer.selection.query != query:
+        if answer is not None and not _is_same(answer.selection.query, query):
             raise ConflictError(Reason.ALREADY_EXISTS, f"{key} is reserved with different content")
         return answer
 
@@ -63,8 +68,9 @@ class Reservations:
         selection = reservation.selection
         slim = replace(selection, scores=(), candidates=(), excluded=())
         self._answers[reservation.key] = replace(reservation, selection=slim)
+        before = self._explained.pop(reservation.key, None)  # a key is free again long after its booking ended
+        self._explained_candidates += _size(selection) - (_size(before) if before is not None else 0)
         self._explained[reservation.key] = selection
-        self._explained_candidates += _size(selection)
         while self._explained_candidates > self._max_explained:
             _, oldest = self._explained.popitem(last=False)
             self._explained_candidates -= _size(oldest)
@@ -83,4 +89,16 @@ class Reservations:
 
 
 def _size(selection: Selection) -> int:
-    return len(selection.candidates) + len(selection.excluded)
+    size = len(selection.candidates) + len(selection.excluded)
+    if selection.query is not None:
+        size += sum(map(len, selection.query.block_hashes.values())) // _HASHES_PER_CANDIDATE
+        size += len(selection.query.prompt_text or "") // _CHARACTERS_PER_CANDIDATE
+    return size
+
+
+def _is_same(before: RoutingQuery | None, query: RoutingQuery) -> bool:
+    """Compare as the caller would: for which block sizes a prompt was hashed depends on the workers alive then."""
+    if before is None or replace(before, block_hashes={}) != replace(query, block_hashes={}):
+        return False
+    shared_sizes = before.block_hashes.keys() & query.block_hashes.keys()
+    return all(before.block_hashes[size] == query.block_hashes[size] for size in shared_sizes)

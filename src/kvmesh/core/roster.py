@@ -48,6 +48,8 @@ class WorkerRecord:
     address: str = ""
     metadata: Mapping[str, str] = field(default_factory=dict)
     """Transport metadata; opaque here."""
+    worker_ranks: tuple[WorkerRank, ...] = field(init=False, compare=False, repr=False)
+    """Every rank of this worker, in order."""
 
     def __post_init__(self) -> None:
         require_block_size(self.block_size)
@@ -55,11 +57,8 @@ class WorkerRecord:
             raise FixRequestError(
                 Reason.INVALID_FIELD, f"{self.worker_id}: ranks {self.ranks} is below 1", field="ranks"
             )
-
-    @property
-    def worker_ranks(self) -> tuple[WorkerRank, ...]:
-        """Every rank of this worker, in order."""
-        return tuple(WorkerRank(self.worker_id, rank) for rank in range(self.ranks))
+        ranks = tuple(WorkerRank(self.worker_id, rank) for rank in range(self.ranks))
+        object.__setattr__(self, "worker_ranks", ranks)  # once: every routed request reads them of every worker
 
 
 class RosterOutcome(Enum):

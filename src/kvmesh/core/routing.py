@@ -14,16 +14,20 @@ from dataclasses import dataclass, replace
 from kvmesh.core.candidates import Candidate, RoutingQuery, Selection
 from kvmesh.core.eligibility import OverloadRules, filter_candidates
 from kvmesh.core.ids import AttemptKey, Epoch, RouterId, WorkerId, WorkerRank
-from kvmesh.core.load_table import LoadReport, LoadTable, ReportResult
+from kvmesh.core.load_report import LoadReport, ReportResult
+from kvmesh.core.load_table import LoadTable
 from kvmesh.core.policies.kv_aware import KvAware
 from kvmesh.core.policies.policy import ForgetsWorkers, LearnsBookings, Policy, name_of
 from kvmesh.core.prefix_index import PrefixIndex
 from kvmesh.core.remote_prefill import RemotePrefillDecision, RemotePrefillRules, decide
 from kvmesh.core.reservations import Reservation, Reservations
 from kvmesh.core.roster import RosterOutcome, WorkerRecord, WorkerRole
-from kvmesh.core.worker_states import WorkerChange, WorkerStates
+from kvmesh.core.worker_states import WorkerStates
+from kvmesh.core.worker_views import WorkerChange
 
 _SEED_BITS = 64
+_Session = tuple[WorkerRole, str, str]
+"""Role, model and session_id: one session may use several."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +70,7 @@ class RoutingCore(WorkerStates):
         self._forgets = policy if isinstance(policy, ForgetsWorkers) else None
         self._rng = rng
         self._reservations = Reservations(max_explained=self._rules.max_explained)
-        self._sessions: OrderedDict[str, WorkerRank] = OrderedDict()
+        self._sessions: OrderedDict[_Session, WorkerRank] = OrderedDict()
 
     def put_worker(self, record: WorkerRecord, *, now: float) -> WorkerChange:
         """Take a worker's record in; a higher epoch voids what is known of the one before, a lower one is ignored."""
@@ -91,11 +95,9 @@ class RoutingCore(WorkerStates):
             BackOffError: OVERLOADED if all that match are saturated; a pinned worker is never rerouted.
         """
         everyone = self.field(query, now=now)
-        session_id = query.hints.session_id
+        session = _session_of(query)
         eligible = filter_candidates(
-            query,
-            everyone.candidates,
-            session_worker=None if session_id is None else self._sessions.get(session_id),
+            query, everyone.candidates, session_worker=self._sessions.get(session) if session is not None else None
         )
         seed = self._rng.getrandbits(_SEED_BITS)
         selection = self._ask_policy(query, eligible.candidates, seed=seed)
@@ -105,7 +107,7 @@ class RoutingCore(WorkerStates):
             query=query,
             epoch=chosen.epoch,
             overlap_blocks=chosen.overlap_blocks,
-            cost=next((scored.cost for scored in selection.scores if scored.worker == chosen.worker), None),
+            cost=_cost_of(chosen.worker, selection),
             candidates=eligible.candidates,
             excluded=eligible.excluded,
             seed=seed,
@@ -135,8 +137,9 @@ class RoutingCore(WorkerStates):
             prefill_tokens=0 if is_remote else chosen.uncached_tokens(query.prompt_tokens),
             now=now,
         )
-        if query.hints.session_id is not None:
-            self._note_session(query.hints.session_id, chosen.worker)
+        session = _session_of(query)
+        if session is not None:
+            self._note_session(session, chosen.worker)
         fault = self._tell_booked(query, chosen.worker)
         if fault:
             selection = replace(selection, note=f"{selection.note}; {fault}")
@@ -183,12 +186,14 @@ class RoutingCore(WorkerStates):
         name = name_of(self._policy)
         try:
             answer = self._policy.select(query, candidates, random.Random(seed))
+            selection = answer if isinstance(answer, Selection) else Selection(worker=answer, policy=name)
+            _cost_of(selection.worker, selection)  # its scores can be read
         except Exception as error:  # a policy is anybody's code
             return self._fall_back(query, candidates, seed=seed, why=f"{name} raised {error!r}")
-        worker = answer.worker if isinstance(answer, Selection) else answer
+        worker = selection.worker
         if not any(candidate.worker == worker for candidate in candidates):
             return self._fall_back(query, candidates, seed=seed, why=f"{name} named {worker!r}, which is no candidate")
-        return answer if isinstance(answer, Selection) else Selection(worker=worker, policy=name)
+        return selection
 
     def _fall_back(self, query: RoutingQuery, candidates: Sequence[Candidate], *, seed: int, why: str) -> Selection:
         return replace(KvAware().select(query, candidates, random.Random(seed)), fallback=why)
@@ -208,9 +213,9 @@ class RoutingCore(WorkerStates):
             ),
         )
 
-    def _note_session(self, session_id: str, worker: WorkerRank) -> None:
-        self._sessions[session_id] = worker
-        self._sessions.move_to_end(session_id)
+    def _note_session(self, session: _Session, worker: WorkerRank) -> None:
+        self._sessions[session] = worker
+        self._sessions.move_to_end(session)
         if len(self._sessions) > self._rules.max_sessions:
             self._sessions.popitem(last=False)
 
@@ -233,3 +238,12 @@ class RoutingCore(WorkerStates):
         except Exception as error:  # a policy is anybody's code
             return replace(change, policy_fault=f"forget_worker raised {error!r}")
         return change
+
+
+def _session_of(query: RoutingQuery) -> _Session | None:
+    session_id = query.hints.session_id
+    return None if session_id is None else (query.role, query.model, session_id)
+
+
+def _cost_of(worker: WorkerRank, selection: Selection) -> float | None:
+    return next((scored.cost for scored in selection.scores if scored.worker == worker), None)

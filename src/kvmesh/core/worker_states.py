@@ -11,63 +11,21 @@ Laws:
       staleness is ignored.
 """
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from kvmesh.core.candidates import Candidate, RoutingQuery
 from kvmesh.core.eligibility import OverloadRules
 from kvmesh.core.errors import NotKnownError, Reason, TryElsewhereError
 from kvmesh.core.hashing import max_overlap_blocks
-from kvmesh.core.ids import AttemptKey, Epoch, SequenceHash, WorkerId, WorkerRank
-from kvmesh.core.load_table import LoadReport, LoadTable, ReportOutcome, ReportResult, RouterLoad
-from kvmesh.core.prefix_index import PrefixIndex, StoreOutcome
+from kvmesh.core.ids import AttemptKey, Epoch, RouterId, SequenceHash, WorkerId, WorkerRank
+from kvmesh.core.load_report import LoadReport, ReportOutcome, ReportResult
+from kvmesh.core.load_table import LoadTable
+from kvmesh.core.prefix_index import HeldBlock, IndexStats, PrefixIndex, StoreOutcome
 from kvmesh.core.roster import Roster, RosterOutcome, WorkerRecord, WorkerRole
+from kvmesh.core.worker_views import Field, PotentialLoad, WorkerChange, WorkerSnapshot
 
-
-@dataclass(frozen=True, slots=True)
-class WorkerChange:
-    """What a change of the roster did."""
-
-    outcome: RosterOutcome
-    released: tuple[AttemptKey, ...] = ()
-    """Bookings that ended with the incarnation before."""
-    policy_fault: str = ""
-    """What the policy raised when told to forget the worker; "" = nothing."""
-
-
-@dataclass(frozen=True, slots=True)
-class PotentialLoad:
-    """What a worker rank would carry with one more request."""
-
-    worker: WorkerRank
-    prefill_tokens: int
-    decode_blocks: int
-    active_requests: int
-    """Without that request."""
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerSnapshot:
-    """What the router knows of one worker rank."""
-
-    worker: WorkerRank
-    record: WorkerRecord
-    load: RouterLoad
-    """The estimate that routing uses."""
-    report: LoadReport | None
-    load_age_s: float
-    index_age_s: float | None
-    """None before its first KV event."""
-    is_stale: bool
-    is_index_degraded: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Field:
-    """Everyone who serves a query, eligible or not, by worker."""
-
-    candidates: tuple[Candidate, ...]
-    is_staleness_ignored: bool
+__all__ = ["Field", "PotentialLoad", "WorkerChange", "WorkerSnapshot", "WorkerStates"]
 
 
 class WorkerStates:
@@ -83,7 +41,13 @@ class WorkerStates:
         self._stale_after_s = stale_after_s
         self._roster = Roster()
         self._index_changed_at: dict[WorkerRank, float] = {}
+        self._indexed_blocks: Counter[WorkerRank] = Counter()
         self._degraded: set[WorkerRank] = set()
+
+    @property
+    def router_id(self) -> RouterId:
+        """Under which workers report the load that this router sent them."""
+        return self._loads.router_id
 
     def put_worker(self, record: WorkerRecord, *, now: float) -> WorkerChange:
         """Take a worker's record in; a higher epoch voids what is known of the one before, a lower one is ignored."""
@@ -114,7 +78,9 @@ class WorkerStates:
         """Record stored blocks; None if the event is ignored, not being of the live incarnation."""
         if not self._note_kv_event(worker, epoch, now=now):
             return None
-        return self._index.store(worker, parent=parent, block_hashes=block_hashes)
+        outcome = self._index.store(worker, parent=parent, block_hashes=block_hashes)
+        self._indexed_blocks[worker] += outcome.stored
+        return outcome
 
     def apply_kv_removed(
         self, worker: WorkerRank, epoch: Epoch, *, block_hashes: Sequence[SequenceHash], now: float
@@ -122,7 +88,7 @@ class WorkerStates:
         """Record removed blocks; False if the event is ignored, not being of the live incarnation."""
         if not self._note_kv_event(worker, epoch, now=now):
             return False
-        self._index.remove(worker, block_hashes)
+        self._indexed_blocks[worker] -= self._index.remove(worker, block_hashes)
         return True
 
     def apply_kv_cleared(self, worker: WorkerRank, epoch: Epoch, *, now: float) -> bool:
@@ -130,6 +96,7 @@ class WorkerStates:
         if not self._note_kv_event(worker, epoch, now=now):
             return False
         self._index.clear(worker)
+        del self._indexed_blocks[worker]
         return True
 
     def reset_worker_index(self, worker: WorkerRank, epoch: Epoch, *, now: float) -> bool:
@@ -153,17 +120,31 @@ class WorkerStates:
             return ReportResult(ReportOutcome.STALE_EPOCH if is_known else ReportOutcome.UNKNOWN_WORKER)
         return self._loads.apply_report(worker, report, now=now)
 
+    def record(self, worker_id: WorkerId) -> WorkerRecord | None:
+        """Return what the live incarnation of a worker says of itself, or None."""
+        return self._roster.get(worker_id)
+
     def models(self) -> frozenset[str]:
         """Return every model that any worker serves."""
         return self._roster.models()
 
-    def block_sizes(self, model: str) -> frozenset[int]:
-        """Return the block sizes for which a query for this model needs hashes."""
-        return frozenset(record.block_size for role in WorkerRole for record in self._roster.of(role, model))
+    def block_sizes(self, model: str, *, role: WorkerRole = WorkerRole.DECODE) -> frozenset[int]:
+        """Return the block sizes for which a query for this model and role needs hashes."""
+        return frozenset(record.block_size for record in self._roster.of(role, model))
+
+    def dump_index(self, worker_id: WorkerId | None = None) -> tuple[HeldBlock, ...]:
+        """Return every (rank, block) pair, parents first, or those of one worker. O(pairs)."""
+        return tuple(held for held in self._index.dump() if worker_id is None or held.worker.worker_id == worker_id)
+
+    @property
+    def index_stats(self) -> IndexStats:
+        """Return the figures of the index; O(workers)."""
+        return self._index.stats
 
     def overlaps(self, query: RoutingQuery) -> dict[WorkerRank, int]:
-        """Return the overlap of every worker rank that serves the query.
+        """Return the leading blocks that every rank that serves the query holds, 0 where the index is degraded.
 
+        They are not capped: where they count as overlap, at least one token of the prompt is computed all the same.
         Raises: NotKnownError(UNKNOWN_MODEL), TryElsewhereError(NO_WORKERS).
         """
         found: dict[WorkerRank, int] = {}
@@ -171,8 +152,7 @@ class WorkerStates:
         for record in self._records_for(query):
             size = record.block_size
             if size not in matches:
-                cap = max_overlap_blocks(query.prompt_tokens, size)
-                matches[size] = self._index.match(query.block_hashes.get(size, ())[:cap])
+                matches[size] = self._index.match(query.block_hashes.get(size, ()))
             match = matches[size]
             for worker in record.worker_ranks:
                 found[worker] = 0 if worker in self._degraded else match.get(worker, 0)
@@ -191,19 +171,22 @@ class WorkerStates:
         )
 
     def workers(self, *, now: float) -> tuple[WorkerSnapshot, ...]:
-        """Return what is known of every worker rank, by worker."""
+        """Return what is known of every rank that requests are routed to, by worker."""
         return tuple(
             WorkerSnapshot(
                 worker=worker,
                 record=record,
                 load=self._loads.estimate(worker),
+                reservations=self._loads.booking_count(worker),
                 report=self._loads.report(worker),
-                load_age_s=self._loads.age_s(worker, now=now),
+                load_age_s=(load_age_s := self._loads.age_s(worker, now=now)),
                 index_age_s=self._index_age_s(worker, now=now),
-                is_stale=self._is_stale(worker, now=now),
+                indexed_blocks=self._indexed_blocks[worker],
+                is_stale=self._is_stale(load_age_s),
                 is_index_degraded=worker in self._degraded,
             )
             for record in self._roster.records()
+            if record.role is not WorkerRole.QUEUE
             for worker in record.worker_ranks
         )
 
@@ -211,19 +194,19 @@ class WorkerStates:
         """Return everyone who serves the query as a candidate. Raises: as `overlaps`. O(workers of the role)."""
         records = self._records_for(query)
         overlaps = self.overlaps(query)
-        stale = {
-            worker: self._is_stale(worker, now=now)
+        ages_s = {
+            worker: self._loads.age_s(worker, now=now)
             for record in self._roster.records(query.role)
             for worker in record.worker_ranks
         }
-        is_ignored = 2 * sum(stale.values()) > len(stale)
+        is_ignored = 2 * sum(map(self._is_stale, ages_s.values())) > len(ages_s)
         candidates = tuple(
             self._candidate(
                 worker,
                 record,
                 query=query,
-                overlap_blocks=overlaps[worker],
-                is_stale=stale[worker],
+                overlap_blocks=min(overlaps[worker], max_overlap_blocks(query.prompt_tokens, record.block_size)),
+                load_age_s=ages_s[worker],
                 is_staleness_ignored=is_ignored,
                 now=now,
             )
@@ -239,12 +222,13 @@ class WorkerStates:
         *,
         query: RoutingQuery,
         overlap_blocks: int,
-        is_stale: bool,
+        load_age_s: float,
         is_staleness_ignored: bool,
         now: float,
     ) -> Candidate:
         load = self._loads.estimate(worker)
         report = self._loads.report(worker)
+        is_stale = self._is_stale(load_age_s)
         waiting = report.waiting_requests if report is not None else 0
         total_blocks = record.total_blocks or (report.total_blocks if report is not None else 0)
         max_requests = record.max_requests or (report.max_requests if report is not None else 0)
@@ -272,7 +256,8 @@ class WorkerStates:
             total_blocks=total_blocks,
             max_requests=max_requests,
             labels=record.labels,
-            load_age_s=self._loads.age_s(worker, now=now),
+            load_age_s=load_age_s,
+            is_reported=report is not None,
             index_age_s=self._index_age_s(worker, now=now),
             is_draining=record.draining,
             is_stale=is_stale,
@@ -289,8 +274,8 @@ class WorkerStates:
             raise NotKnownError(Reason.UNKNOWN_MODEL, f"no worker serves model {query.model!r}", field="model")
         raise TryElsewhereError(Reason.NO_WORKERS, f"no {query.role.value} worker of {query.model!r} is alive")
 
-    def _is_stale(self, worker: WorkerRank, *, now: float) -> bool:
-        return self._loads.age_s(worker, now=now) > self._stale_after_s
+    def _is_stale(self, load_age_s: float) -> bool:
+        return load_age_s > self._stale_after_s
 
     def _index_age_s(self, worker: WorkerRank, *, now: float) -> float | None:
         changed_at = self._index_changed_at.get(worker)
@@ -306,5 +291,6 @@ class WorkerStates:
         self._index.remove_worker(worker_id)
         for worker in [known for known in self._index_changed_at if known.worker_id == worker_id]:
             del self._index_changed_at[worker]
+            del self._indexed_blocks[worker]
         self._degraded = {worker for worker in self._degraded if worker.worker_id != worker_id}
         return self._loads.remove_worker(worker_id, now=now)

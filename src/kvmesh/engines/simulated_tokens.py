@@ -26,13 +26,19 @@ class OutputTokens:
         self._ids = np.asarray(ids, dtype=np.uint32)
         self._count = np.uint64(len(self._ids))
         self._eos_rate = options.eos_rate
+        self._eos_token_ids = options.eos_token_ids
+
+    @property
+    def end_token(self) -> int:
+        """The token that says that a sequence ended by itself; only where `ending` may find an end."""
+        return self._eos_token_ids[0]
 
     def start(self, prompt: npt.NDArray[np.uint32], seed: int | None) -> int:
         """Return the u64 state from which a prompt's output is drawn; a seed of None differs from every seed."""
-        state = xxh3_64_intdigest(np.ascontiguousarray(prompt, dtype="<u4"))
+        state = xxh3_64_intdigest(np.ascontiguousarray(prompt, dtype="<u4").data)
         if seed is None:
             return state
-        return xxh3_64_intdigest(f"{state}:{seed}")
+        return xxh3_64_intdigest(f"{state}:{seed}".encode())
 
     def chunk(self, start: int, position: int) -> list[int]:
         """Return the tokens at `position .. position + CHUNK_TOKENS - 1`."""

@@ -48,6 +48,11 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # grpcio-he
         self._closed = True
         self._notify()
 
+    async def List(self, request: Any, context: Any) -> Any:  # noqa: N802
+        """Return the status of every registered service."""
+        statuses = {service: _Response(status=status) for service, status in self._statuses.items()}
+        return health_pb2.HealthListResponse(statuses=statuses)
+
     async def Check(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Return the status of a service. Raises: NotKnownError(NOT_FOUND) if it is not registered."""
         status = self._statuses.get(request.service)

@@ -3,23 +3,27 @@
 Streams pay per call, not per message: the handler's generator is drained into `context.write` here, where gRPC would
 otherwise do the same. A generator is closed before its call ends, so its `finally` runs at once and not when the
 garbage collector comes by.
+
+A call ends in one of four ways, and the client always learns which: the handler returns; it raises (the catalog's
+Status); the client goes (nothing to send); the server stops (DRAINING).
 """
 
 import asyncio
 import inspect
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 import grpc
 import structlog
 import uuid_utils
+from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 
 from kvmesh import telemetry
-from kvmesh.core.errors import MeshError, NotServedError, Reason
+from kvmesh.core.errors import FixRequestError, MeshError, NotServedError, Reason, TryElsewhereError
 from kvmesh.wire import error_catalog
 
 REQUEST_ID_KEY = "x-request-id"
@@ -33,23 +37,46 @@ Handler = Any
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """The one interceptor of a server; it also knows which calls still run."""
+    """The one interceptor of a server; it also knows which calls still run, and can end them."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, endless: Collection[str] = ()) -> None:
+        """Calls of the `endless` services (full names) last as long as their clients like: nobody waits for them."""
+        self._endless = frozenset(endless)
         self._wrapped: dict[str, tuple[Handler, Handler]] = {}
         """By method: the handler and what is served in its place."""
-        self._open_calls = 0
+        self._open: dict[asyncio.Task[Any], str] = {}
+        """gRPC's task of each call, until the last byte is handed over; to its service."""
+        self._waited_for = 0
         self._idle = asyncio.Event()
         self._idle.set()
+        self._ended = False
 
     @property
     def open_calls(self) -> int:
-        """Calls whose handler has not returned yet, cleanup included."""
-        return self._open_calls
+        """Calls that have not ended yet, cleanup included, but for those of endless services."""
+        return self._waited_for
+
+    @property
+    def ended(self) -> bool:
+        """True once `end_calls` was called: a cancelled call owes its client a DRAINING."""
+        return self._ended
 
     async def wait_idle(self) -> None:
-        """Wait until no handler runs."""
+        """Wait until `open_calls` is 0."""
         await self._idle.wait()
+
+    async def end_calls(self, *, spared: str, within_s: float) -> int:
+        """Cancel every open call and refuse new ones; return how many handlers had not ended `within_s` later.
+
+        Calls of the service `spared` are not cancelled: they are about to end by themselves.
+        """
+        self._ended = True
+        for task, service in self._open.items():
+            if service != spared:
+                task.cancel()
+        if self._open:
+            await asyncio.wait(tuple(self._open), timeout=within_s)
+        return len(self._open)
 
     async def intercept_service(
         self,
@@ -74,21 +101,30 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 if handler.request_streaming
                 else grpc.unary_stream_rpc_method_handler
             )
-            return make(call.stream, handler.request_deserializer, handler.response_serializer)
+            parse = handler.request_deserializer if handler.request_streaming else None
+            return make(call.stream, parse, handler.response_serializer)
         if handler.request_streaming:
             return grpc.stream_unary_rpc_method_handler(call.gather, handler.request_deserializer, None)
-        # Bytes in, bytes out: a message that does not parse fails inside the frame like everything else.
+        # Bytes in, bytes out: a single message that does not parse fails inside the frame like everything else.
         return grpc.unary_unary_rpc_method_handler(call.unary, None, None)
 
-    def entered(self) -> None:
-        """Count a call in."""
-        self._open_calls += 1
-        self._idle.clear()
+    def enter(self, service: str) -> None:
+        """Take in the call that runs in the current task. Raises: TryElsewhereError(DRAINING) after `end_calls`."""
+        if self._ended:
+            raise TryElsewhereError(Reason.DRAINING, "")
+        task = asyncio.current_task()
+        assert task is not None
+        self._open[task] = service
+        if service not in self._endless:
+            self._waited_for += 1
+            self._idle.clear()
+        task.add_done_callback(self._left)
 
-    def left(self) -> None:
-        """Count a call out."""
-        self._open_calls -= 1
-        if self._open_calls == 0:
+    def _left(self, task: asyncio.Task[Any]) -> None:
+        if self._open.pop(task) in self._endless:
+            return
+        self._waited_for -= 1
+        if self._waited_for == 0:
             self._idle.set()
 
 
@@ -100,22 +136,22 @@ class _Call:
         self._path = path
         self._service, _, self._method = path.rpartition("/")
         self._behaviour = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
-        self._parse = handler.request_deserializer
-        self._serialize = handler.response_serializer
+        self._parse = handler.request_deserializer or _as_is
+        self._serialize = handler.response_serializer or _as_is
         self._started = telemetry.RPC_STARTED.labels(self._service, self._method)
         self._duration = telemetry.RPC_DURATION.labels(self._service, self._method)
 
     async def unary(self, request: bytes, context: Any) -> bytes:
-        async with self._frame(context):
-            return self._serialize(await self._behaviour(self._parse(request), context))  # type: ignore[no-any-return]
+        async with self._frame(context) as inner:
+            return self._serialize(await self._behaviour(self._parsed(request), inner))
 
     async def gather(self, requests: AsyncIterator[Any], context: Any) -> bytes:
-        async with self._frame(context):
-            return self._serialize(await self._behaviour(requests, context))  # type: ignore[no-any-return]
+        async with self._frame(context) as inner:
+            return self._serialize(await self._behaviour(requests, inner))
 
     async def stream(self, request: Any, context: Any) -> None:
-        async with self._frame(context):
-            result = self._behaviour(request, context)
+        async with self._frame(context) as inner:
+            result = self._behaviour(self._parsed(request) if isinstance(request, bytes) else request, inner)
             if inspect.isawaitable(result):  # it reads and writes the context itself
                 await result
                 return
@@ -123,36 +159,91 @@ class _Call:
                 async for response in responses:
                     await context.write(response)
 
+    def _parsed(self, request: bytes) -> Any:
+        try:
+            return self._parse(request)
+        except DecodeError as exc:
+            raise FixRequestError(Reason.INVALID_FIELD, f"the request does not parse as {self._path} wants it") from exc
+
     @asynccontextmanager
-    async def _frame(self, context: Any) -> AsyncIterator[None]:
+    async def _frame(self, context: Any) -> AsyncIterator[Any]:
         request_id = _request_id(context)
         structlog.contextvars.bind_contextvars(request_id=request_id, method=self._path, peer=context.peer())
-        self._owner.entered()
         self._started.inc()
         began = time.perf_counter()
-        code = "OK"
+        code = grpc.StatusCode.OK
         try:
+            self._owner.enter(self._service)
             await context.send_initial_metadata(((REQUEST_ID_KEY, request_id),))
-            yield
+            yield _Context(context)
         except asyncio.CancelledError as exc:
-            code = await _end_cancelled(context, exc)
-            raise
+            error = self._cause_of_cancel(exc)
+            if error is None:
+                code = _code_of_departure(context)
+                raise
+            code = error_catalog.CATALOG[error.reason].code
+            await _abort(context, error)
         except grpc.aio.AbortError:
-            code = context.code().name
+            code = context.code()
             raise
         except grpc.aio.InternalError:  # a batch failed: the peer is gone
-            code = grpc.StatusCode.CANCELLED.name
-            _log.debug("rpc.cancelled")
+            code = _code_of_departure(context)
             raise
         except Exception as exc:
             error = _mesh_error(exc)
-            code = error_catalog.CATALOG[error.reason].code.name
-            await context.abort_with_status(rpc_status.to_status(error_catalog.to_status(error)))
+            code = error_catalog.CATALOG[error.reason].code
+            await _abort(context, error)
         finally:
             self._duration.observe(time.perf_counter() - began)
-            telemetry.RPC_FINISHED.labels(self._service, self._method, code).inc()
-            self._owner.left()
+            telemetry.RPC_FINISHED.labels(self._service, self._method, code.name).inc()
             structlog.contextvars.clear_contextvars()
+
+    def _cause_of_cancel(self, exc: asyncio.CancelledError) -> MeshError | None:
+        """Return what to tell a client that still waits, or None when it is the client who left.
+
+        gRPC takes every CancelledError for the peer's own and sends nothing. A cancellation that comes from this
+        process (the server stops, or a future that the handler awaited was cancelled) would leave the peer waiting.
+        """
+        task = asyncio.current_task()
+        assert task is not None
+        if self._owner.ended:
+            task.uncancel()
+            return TryElsewhereError(Reason.DRAINING, "")
+        if task.cancelling() == 0:
+            _log.error("rpc.failed", detail="a cancellation from within reached the handler's caller", exc_info=exc)
+            return MeshError(Reason.INTERNAL, "")
+        return None
+
+
+class _Context:
+    """A call's context as its handler sees it; the initial metadata went out when the call began."""
+
+    __slots__ = ("_context",)
+
+    def __init__(self, context: Any) -> None:
+        self._context = context
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+    async def send_initial_metadata(self, initial_metadata: Any) -> None:
+        """Grant what was done already; gRPC refuses to send more of it."""
+        if initial_metadata:
+            await self._context.send_initial_metadata(initial_metadata)
+
+
+async def _abort(context: Any, error: MeshError) -> None:
+    await context.abort_with_status(rpc_status.to_status(error_catalog.to_status(error)))
+
+
+def _code_of_departure(context: Any) -> grpc.StatusCode:
+    """A client leaves because it wants to, or because its deadline passed."""
+    is_late = context.time_remaining() == 0
+    return grpc.StatusCode.DEADLINE_EXCEEDED if is_late else grpc.StatusCode.CANCELLED
+
+
+def _as_is(message: bytes) -> bytes:
+    return message
 
 
 def _request_id(context: Any) -> str:
@@ -162,21 +253,8 @@ def _request_id(context: Any) -> str:
     return str(uuid_utils.uuid7())
 
 
-async def _end_cancelled(context: Any, exc: asyncio.CancelledError) -> str:
-    """Send a status where the peer still waits for one, and return the code to count.
-
-    gRPC takes every CancelledError for the peer's own and sends nothing. A cancellation that comes from this process
-    (a task of ours was cancelled, or a future that the handler awaited) would leave the peer waiting for its deadline.
-    """
-    task = asyncio.current_task()
-    if task is not None and task.cancelling() == 0:
-        error = _mesh_error(RuntimeError("a cancellation from within reached the handler's caller"), cause=exc)
-        await context.abort_with_status(rpc_status.to_status(error_catalog.to_status(error)))
-    return ""
-
-
 def _mesh_error(exc: Exception) -> MeshError:
-    """Return the error of ours that a handler's exception amounts to; what we did not foresee is logged with its trace."""
+    """Return the error of ours that a handler's exception amounts to; what nobody foresaw is logged with its trace."""
     leaf = _leaf(exc)
     if isinstance(leaf, NotImplementedError):
         leaf = NotServedError(Reason.UNIMPLEMENTED, "")

@@ -107,7 +107,13 @@ def _file_entries(tree: type[BaseSettings], path: Path | None) -> dict[str, _Ent
     except Exception as error:
         raise SettingsError(f"{path}: cannot be read: {error}") from error
     origin = f"file {path}"
-    return {key: _Entry(value, origin, key) for key, value in flatten(data).items()}
+    sections = {leaf.rpartition(".")[0] for leaf in dict(_leaves(tree))}
+    # In YAML a section without entries, e.g. all commented out, reads as null.
+    return {
+        key: _Entry(value, origin, key)
+        for key, value in flatten(data).items()
+        if value is not None or key not in sections
+    }
 
 
 def _env_entries(tree: type[BaseSettings]) -> dict[str, _Entry]:

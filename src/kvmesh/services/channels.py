@@ -57,7 +57,7 @@ class Channels:
         self._closed = False
 
     def get(self, address: str) -> grpc.aio.Channel:
-        """Return the channel to `host:port`; it connects when first called upon. Raises: RuntimeError after `aclose`."""
+        """Return the channel to `host:port`; it connects when first used. Raises: RuntimeError after `aclose`."""
         if self._closed:
             raise RuntimeError(f"no channel to {address}: the channels are closed")
         channel = self._by_address.get(address)

@@ -42,8 +42,11 @@ class Sink(Protocol):
     def accepted(self, load_sequence: int) -> None:
         """The worker owns the request."""
 
-    def prefill(self, decision: generation_pb2.PrefillDecision | None) -> None:
-        """Where the prefill runs; None: the prompt is computed."""
+    def prefill(self, decision: generation_pb2.PrefillDecision) -> None:
+        """Where the prefill runs."""
+
+    def computed(self, usage: generation_pb2.Usage) -> None:
+        """The prompt's last token is computed; `usage` has the prompt's part."""
 
     def produced(self, token_ids: tuple[int, ...], words: tuple[str, ...]) -> None:
         """Some output."""
@@ -175,7 +178,7 @@ class DecodeRequests:
         if running is not None:
             self._end(running)
 
-    def finish(self, running: _Running, reason: generation_pb2.FinishReason) -> None:
+    def finish(self, running: _Running, reason: generation_pb2.FinishReason.ValueType) -> None:
         """End a request well."""
         if self._end(running):
             running.sink.finished(generation_pb2.Finished(reason=reason, usage=running.usage))
@@ -189,7 +192,7 @@ class DecodeRequests:
         """Note that the prompt's last token is computed: what was pinned for it is now its own."""
         self.counters["cached_tokens"] += running.usage.cached_tokens
         self._unpin(running)
-        running.sink.prefill(None)
+        running.sink.computed(running.usage)
 
     def shares(self) -> list[worker_events_pb2.RouterShare]:
         """Return the load by the router that sent it; "" = unrouted."""

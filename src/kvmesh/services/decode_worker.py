@@ -26,9 +26,11 @@ class _CallSink:
     def accepted(self, load_sequence: int) -> None:
         self._put(_Response(accepted=decode_worker_pb2.Accepted(load_sequence=load_sequence)))
 
-    def prefill(self, decision: generation_pb2.PrefillDecision | None) -> None:
-        if decision is not None:
-            self._put(_Response(prefill=decision))
+    def prefill(self, decision: generation_pb2.PrefillDecision) -> None:
+        self._put(_Response(prefill=decision))
+
+    def computed(self, usage: generation_pb2.Usage) -> None:
+        pass  # its usage comes with `finished`
 
     def produced(self, token_ids: tuple[int, ...], words: tuple[str, ...]) -> None:
         last = self.events[-1] if self.events else None
@@ -58,7 +60,12 @@ class DecodeWorker(decode_worker_pb2_grpc.DecodeWorkerServicer):
         self._write_timeout_s = write_timeout_s
         self._exchanges: dict[str, Exchange] = {}
 
-    async def Generate(  # type: ignore[override]  # the stub's base is synchronous
+    def close(self) -> None:
+        """End every exchange, so that the server can stop."""
+        for exchange in self._exchanges.values():
+            exchange.supersede()
+
+    async def Generate(
         self,
         request: decode_worker_pb2.DecodeWorkerGenerateRequest,
         context: grpc.aio.ServicerContext,  # type: ignore[type-arg]

@@ -34,8 +34,12 @@ class _StreamSink:
         self.exchange.frame.accepted.add(stream_id=self.stream_id, load_sequence=load_sequence)
         self.exchange.ready.set()
 
-    def prefill(self, decision: generation_pb2.PrefillDecision | None) -> None:
+    def prefill(self, decision: generation_pb2.PrefillDecision) -> None:
         self.exchange.frame.prefills.add(stream_id=self.stream_id, decision=decision)
+        self.exchange.ready.set()
+
+    def computed(self, usage: generation_pb2.Usage) -> None:
+        self.exchange.frame.prefills.add(stream_id=self.stream_id, usage=usage)
         self.exchange.ready.set()
 
     def produced(self, token_ids: tuple[int, ...], words: tuple[str, ...]) -> None:

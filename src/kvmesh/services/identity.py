@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from kvmesh.core.ids import Epoch, WorkerId
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class WorkerIdentity:
     """One incarnation of a worker and where it is reached."""
 
     worker_id: WorkerId
     epoch: Epoch
-    address: str
-    """host:port of its gRPC server."""
+    address: str = ""
+    """host:port of its gRPC server: set when it listens, before anybody hears of the worker."""
 
     @property
     def agent_name(self) -> str:

@@ -72,7 +72,7 @@ class KvTransfer(kv_transfer_pb2_grpc.KvTransferServicer):
         self._identity = identity
         self._pins = pins
 
-    async def Release(  # type: ignore[override]  # the stub's base is synchronous
+    async def Release(
         self,
         request: kv_transfer_pb2.KvTransferReleaseRequest,
         context: grpc.aio.ServicerContext,  # type: ignore[type-arg]

@@ -26,6 +26,11 @@ class OwnedTasks:
         task.add_done_callback(self._done)
         return task
 
+    def cancel(self) -> None:
+        """Cancel what still runs without waiting for its end; a task may call this for itself and the others."""
+        for task in self._tasks:
+            task.cancel()
+
     async def aclose(self) -> None:
         """Cancel and await what still runs."""
         while self._tasks:

@@ -50,7 +50,7 @@ class PrefillCompute:
     ) -> prefill_queue_pb2.TaskCompleted:
         """Compute a task's blocks and lend them. Cancelling frees everything.
 
-        Raises: ConflictError(LAYOUT_MISMATCH), FixRequestError for a task nobody can do, TryElsewhereError for the rest.
+        Raises: ConflictError(LAYOUT_MISMATCH), FixRequestError for a task nobody can do, else TryElsewhereError.
         """
         layout = self._driver.info.layout
         if layout is not None and task.HasField("layout") and task.layout != layout_to_wire(layout):

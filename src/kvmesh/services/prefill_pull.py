@@ -3,6 +3,7 @@
 import asyncio
 import random
 from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
 
 import grpc
 
@@ -21,13 +22,15 @@ from kvmesh.wire.error_catalog import from_rpc_error, to_status
 from kvmesh.wire.layout import layout_to_wire
 from kvmesh.wire.validation import duration
 
+if TYPE_CHECKING:
+    from kvmesh.v1.prefill_queue_pb2_grpc import PrefillQueueAsyncStub
+
 log = telemetry.logger(__name__)
 
 _LEASE_WAIT_S = 10.0
 _LEASE_TOKENS = 16_384
 _MAX_TASKS = 8
 _RETRY_S = (0.05, 1.0)
-_Stub = prefill_queue_pb2_grpc.PrefillQueueStub
 
 
 class PrefillPull:
@@ -60,6 +63,7 @@ class PrefillPull:
         self._running: dict[str, asyncio.Task[None]] = {}
         """By lease_id."""
         self._slot_free = asyncio.Event()
+        self._leasing: asyncio.Task[None] | None = None
 
     def __len__(self) -> int:
         return len(self._running)
@@ -71,6 +75,8 @@ class PrefillPull:
     async def drain(self, timeout_s: float) -> tuple[int, int]:
         """Lease nothing new, finish what runs within `timeout_s`; return (finished, cancelled)."""
         self.draining = True
+        if self._leasing is not None:
+            self._leasing.cancel()  # the attachment stays: its end would requeue what runs
         running = list(self._running.values())
         left = (await asyncio.wait(running, timeout=timeout_s))[1] if running else set()
         await self._loop_tasks.aclose()
@@ -90,14 +96,14 @@ class PrefillPull:
                 await self._peers.changed()
                 continue
             try:
-                await self._serve(_Stub(self._channels.get(address)))
+                await self._serve(prefill_queue_pb2_grpc.PrefillQueueStub(self._channels.get(address)))
                 delay_s = _RETRY_S[0]
             except* (grpc.aio.AioRpcError, TimeoutError) as lost:
                 log.warning("queue.lost", worker_id=self._identity.worker_id, error=_one_line(lost.exceptions[0]))
                 delay_s = min(delay_s * 2, _RETRY_S[1])
             await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))  # jitter of a retry, no secret
 
-    async def _serve(self, stub: _Stub) -> None:
+    async def _serve(self, stub: "PrefillQueueAsyncStub") -> None:
         """Hold the attachment and lease under it until either ends."""
         attach = prefill_queue_pb2.AttachRequest(
             worker_id=self._identity.worker_id,
@@ -108,14 +114,15 @@ class PrefillPull:
         if self._driver.info.layout is not None:
             attach.layout.CopyFrom(layout_to_wire(self._driver.info.layout))
         notices = stub.Attach(attach)
+        heard = aiter(notices)
         try:
             async with asyncio.timeout(self._waits.connect_s):
-                await anext(aiter(notices))
+                await anext(heard)
             log.info("prefill.attached", worker_id=self._identity.worker_id)
             async with asyncio.TaskGroup() as group:
-                leasing = group.create_task(self._lease(stub))
-                await self._hear(notices)
-                leasing.cancel()
+                self._leasing = group.create_task(self._lease(stub))
+                await self._hear(heard)
+                self._leasing.cancel()
         finally:
             notices.cancel()
 
@@ -131,7 +138,7 @@ class PrefillPull:
                 case _:
                     continue
 
-    async def _lease(self, stub: _Stub) -> None:
+    async def _lease(self, stub: "PrefillQueueAsyncStub") -> None:
         while not self.draining:
             free = _MAX_TASKS - len(self._running)
             if free <= 0:
@@ -151,7 +158,7 @@ class PrefillPull:
                     self._do(stub, task), name=f"prefill-{task.task.request_id}"
                 )
 
-    async def _do(self, stub: _Stub, leased: prefill_queue_pb2.LeasedTask) -> None:
+    async def _do(self, stub: "PrefillQueueAsyncStub", leased: prefill_queue_pb2.LeasedTask) -> None:
         task = leased.task
         where = {
             "worker_id": self._identity.worker_id, "request_id": task.request_id, "attempt": task.attempt,
@@ -171,7 +178,9 @@ class PrefillPull:
             self._running.pop(leased.lease_id, None)
             self._slot_free.set()
 
-    async def _keep(self, stub: _Stub, leased: prefill_queue_pb2.LeasedTask, work: asyncio.Task[None] | None) -> None:
+    async def _keep(
+        self, stub: "PrefillQueueAsyncStub", leased: prefill_queue_pb2.LeasedTask, work: asyncio.Task[None] | None
+    ) -> None:
         """Extend the lease at a third of its TTL; when it is lost, stop the work: its result would be refused."""
         ttl_s = leased.ttl.ToNanoseconds() / 1e9
         while True:
@@ -189,7 +198,10 @@ class PrefillPull:
                     return
 
     async def _complete(
-        self, stub: _Stub, leased: prefill_queue_pb2.LeasedTask, result: prefill_queue_pb2.TaskCompleted
+        self,
+        stub: "PrefillQueueAsyncStub",
+        leased: prefill_queue_pb2.LeasedTask,
+        result: prefill_queue_pb2.TaskCompleted,
     ) -> None:
         complete = prefill_queue_pb2.CompleteRequest(key=_key(leased), lease_id=leased.lease_id, result=result)
         try:
@@ -200,7 +212,9 @@ class PrefillPull:
                 raise from_rpc_error(exc) from exc
             raise
 
-    async def _fail(self, stub: _Stub, leased: prefill_queue_pb2.LeasedTask, error: MeshError) -> None:
+    async def _fail(
+        self, stub: "PrefillQueueAsyncStub", leased: prefill_queue_pb2.LeasedTask, error: MeshError
+    ) -> None:
         if error.reason is Reason.LEASE_LOST:
             return
         fail = prefill_queue_pb2.FailRequest(

@@ -15,7 +15,7 @@ class PrefillWorker(prefill_worker_pb2_grpc.PrefillWorkerServicer):
         """Serve `compute`."""
         self._compute = compute
 
-    async def Generate(  # type: ignore[override]  # the stub's base is synchronous
+    async def Generate(
         self,
         request: prefill_worker_pb2.PrefillWorkerGenerateRequest,
         context: grpc.aio.ServicerContext,  # type: ignore[type-arg]

@@ -16,12 +16,14 @@ import grpc
 from kvmesh import telemetry
 from kvmesh.core.errors import ConflictError, FixRequestError, MeshError, OutOfTimeError, Reason, TryElsewhereError
 from kvmesh.core.hashing import max_overlap_blocks
+from kvmesh.core.ids import SequenceHash
 from kvmesh.core.remote_prefill import RemotePrefillDecision, RemotePrefillRules, decide
 from kvmesh.core.waits import Waits
 from kvmesh.engines.engine import EngineRequest, Import, Pin
 from kvmesh.services.channels import Channels
 from kvmesh.services.engine_driver import EngineDriver
 from kvmesh.services.identity import WorkerIdentity
+from kvmesh.services.owned_tasks import OwnedTasks
 from kvmesh.services.peers import Peers
 from kvmesh.transports.transport import Transport
 from kvmesh.v1 import (
@@ -80,6 +82,11 @@ class RemotePrefill:
         self._waits = waits
         self._required = required
         self._queue_depth = 0
+        self._tasks = OwnedTasks()
+
+    async def aclose(self) -> None:
+        """Stop giving back what others hold for this worker; their pins end by time."""
+        await self._tasks.aclose()
 
     def is_possible(self, model: str) -> bool:
         """Tell whether any prefill worker that could serve `model` is known; if not, no question need be asked."""
@@ -96,8 +103,9 @@ class RemotePrefill:
     ) -> Prepared | None:
         """Have the prompt's full blocks computed elsewhere; None: compute it here.
 
-        `on_decision` may be called twice: remote, then local when that failed. Raises: TryElsewhereError(PREFILL_FAILED)
-        only where the policy requires remote prefills.
+        `on_decision` may be called twice: remote, then local when that failed.
+
+        Raises: TryElsewhereError(PREFILL_FAILED) only where the policy requires remote prefills.
         """
         block_size = self._driver.info.block_size
         hashes = engine_request.block_hashes[: max_overlap_blocks(prompt_tokens, block_size)]
@@ -169,12 +177,17 @@ class RemotePrefill:
         block_size = self._driver.info.block_size
         if handoff.WhichOneof("content") != "blocks":
             return Prepared(pin_id=None, cached_tokens=0, remote_tokens=completed.computed_tokens, bytes_moved=0)
-        self._check(handoff, first_block, hashes)
-        wanted = await self._driver.acquire(
-            lambda engine: engine.begin_import(hashes[first_block:], first_block=first_block),
-            undo=lambda engine, begun: engine.abort_import(begun.import_id),
-        )
-        committed = await self._move(handoff, wanted, hashes, engine_request.local_hashes[: len(hashes)])
+        try:
+            self._check(handoff, first_block, hashes)
+            wanted = await self._driver.acquire(
+                lambda engine: engine.begin_import(hashes[first_block:], first_block=first_block),
+                undo=lambda engine, begun: engine.abort_import(begun.import_id),
+            )
+            committed = await self._move(handoff, wanted, hashes, engine_request.local_hashes[: len(hashes)])
+        except BaseException:
+            # Nobody waits for this: without it the source would hold its blocks until their pin ends.
+            self._tasks.start(self._give_up(handoff), name="release-handoff")
+            raise
         return Prepared(
             pin_id=committed.pin_id,
             cached_tokens=first_block * block_size,
@@ -251,7 +264,11 @@ class RemotePrefill:
             raise FixRequestError(Reason.KV_TRANSFER_FAILED, f"{handoff.worker_id} hands over other blocks than asked")
 
     async def _move(
-        self, handoff: generation_pb2.KvHandoff, wanted: Import, hashes: tuple[int, ...], local: tuple[int, ...]
+        self,
+        handoff: generation_pb2.KvHandoff,
+        wanted: Import,
+        hashes: tuple[SequenceHash, ...],
+        local: tuple[int, ...],
     ) -> Pin:
         """Pull, have the source say that it held still, commit. The import is aborted unless all three succeed."""
         try:
@@ -282,6 +299,12 @@ class RemotePrefill:
             telemetry.WAIT_ENDED.labels(wait="kv_transfer_s").inc()
             raise OutOfTimeError(Reason.KV_TRANSFER_FAILED, f"not moved within {bound_s:.1f} s") from exc
         telemetry.KV_BYTES_MOVED.labels(transport=self._transport.name).inc(moved)
+
+    async def _give_up(self, handoff: generation_pb2.KvHandoff) -> None:
+        try:
+            await self._release(handoff)
+        except MeshError as error:
+            log.debug("handoff.not_released", worker_id=handoff.worker_id, reason=error.reason.value)
 
     async def _release(self, handoff: generation_pb2.KvHandoff) -> None:
         stub = kv_transfer_pb2_grpc.KvTransferStub(self._channels.get(handoff.address))

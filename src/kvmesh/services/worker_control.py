@@ -5,7 +5,7 @@ from typing import Protocol
 
 import grpc
 
-from kvmesh.core.errors import NotKnownError, Reason
+from kvmesh.core.errors import NotKnownError, NotServedError, Reason
 from kvmesh.core.ids import WorkerId
 from kvmesh.core.roster import WorkerRecord
 from kvmesh.services.channels import Channels
@@ -39,7 +39,7 @@ class WorkerControl(worker_control_pb2_grpc.WorkerControlServicer):
         self._worker = worker
         self._drain_s = drain_s
 
-    async def Drain(  # type: ignore[override]  # the stub's base is synchronous
+    async def Drain(
         self,
         request: worker_control_pb2.DrainRequest,
         context: grpc.aio.ServicerContext,  # type: ignore[type-arg]
@@ -50,7 +50,7 @@ class WorkerControl(worker_control_pb2_grpc.WorkerControlServicer):
         finished, cancelled = await self._worker.drain(drain_timeout_s(request, self._drain_s))
         return worker_control_pb2.DrainResponse(finished=finished, cancelled=cancelled)
 
-    async def GetInfo(  # type: ignore[override]  # the stub's base is synchronous
+    async def GetInfo(
         self,
         request: worker_control_pb2.GetInfoRequest,
         context: grpc.aio.ServicerContext,  # type: ignore[type-arg]
@@ -68,7 +68,7 @@ class ForwardedWorkerControl(worker_control_pb2_grpc.WorkerControlServicer):
         self._channels = channels
         self._drain_s = drain_s
 
-    async def Drain(  # type: ignore[override]  # the stub's base is synchronous
+    async def Drain(
         self,
         request: worker_control_pb2.DrainRequest,
         context: grpc.aio.ServicerContext,  # type: ignore[type-arg]
@@ -85,6 +85,14 @@ class ForwardedWorkerControl(worker_control_pb2_grpc.WorkerControlServicer):
             return await stub.Drain(request, timeout=timeout_s + _ANSWER_MARGIN_S)
         except grpc.aio.AioRpcError as exc:
             raise from_rpc_error(exc) from exc
+
+    async def GetInfo(
+        self,
+        request: worker_control_pb2.GetInfoRequest,
+        context: grpc.aio.ServicerContext,  # type: ignore[type-arg]
+    ) -> worker_control_pb2.GetInfoResponse:
+        """Refuse: the question names no worker, so it goes to the worker itself. Raises: NotServedError."""
+        raise NotServedError(Reason.UNIMPLEMENTED, "ask the worker itself: its address is in GetTopology")
 
 
 def drain_timeout_s(request: worker_control_pb2.DrainRequest, default_s: float) -> float:

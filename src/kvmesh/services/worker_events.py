@@ -7,14 +7,19 @@ is behind the ring, gets a snapshot. Between two sends to it batches merge into 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from kvmesh.core.ids import Epoch, SequenceHash, WorkerId
 from kvmesh.core.kv_events import KvEvent
 from kvmesh.core.kv_history import KvHistory, merge
 from kvmesh.engines.engine import EngineLoad
+from kvmesh.services.signal import Signal
 from kvmesh.v1 import worker_events_pb2, worker_events_pb2_grpc
 from kvmesh.wire import validation
 from kvmesh.wire.worker_events import kv_event_to_proto
+
+if TYPE_CHECKING:
+    from kvmesh.v1.worker_events_pb2_grpc import _ServicerContext as Context
 
 DEFAULT_MIN_INTERVAL_S = 0.01
 LOAD_HEARTBEAT_S = 1.0
@@ -64,8 +69,8 @@ class WorkerEvents(worker_events_pb2_grpc.WorkerEventsServicer):
         self._block_size = block_size
         self._load_source = load_source
         self._histories = [KvHistory(ring_size=ring_size) for _ in range(ranks)]
-        self._kv_changed = _Signal()
-        self._load_changed = _Signal()
+        self._kv_changed = Signal()
+        self._load_changed = Signal()
         self._load_sequence = 1
         self._closing = asyncio.Event()
 
@@ -100,7 +105,7 @@ class WorkerEvents(worker_events_pb2_grpc.WorkerEventsServicer):
         self._load_changed.fire()
 
     async def WatchLoad(
-        self, request: worker_events_pb2.WatchLoadRequest, context: worker_events_pb2_grpc._ServicerContext
+        self, request: worker_events_pb2.WatchLoadRequest, context: "Context"
     ) -> AsyncIterator[LoadMessage]:
         """See WorkerEvents.WatchLoad."""
         interval_s = min(_min_interval_s(request), LOAD_HEARTBEAT_S)
@@ -115,7 +120,7 @@ class WorkerEvents(worker_events_pb2_grpc.WorkerEventsServicer):
             await self._pass_until(sent_at + interval_s)
 
     async def WatchKvEvents(
-        self, request: worker_events_pb2.WatchKvEventsRequest, context: worker_events_pb2_grpc._ServicerContext
+        self, request: worker_events_pb2.WatchKvEventsRequest, context: "Context"
     ) -> AsyncIterator[KvMessage]:
         """See WorkerEvents.WatchKvEvents."""
         if request.rank >= len(self._histories):
@@ -124,7 +129,6 @@ class WorkerEvents(worker_events_pb2_grpc.WorkerEventsServicer):
         history = self._histories[request.rank]
         is_known = request.HasField("from_sequence") and request.epoch == self._epoch
         position = request.from_sequence if is_known else None
-        await context.send_initial_metadata(())  # tells the watcher that it is followed, if there is nothing to send
         now = asyncio.get_running_loop().time
         while not self._closing.is_set():
             batches = history.since(position) if position is not None else None
@@ -187,25 +191,6 @@ class WorkerEvents(worker_events_pb2_grpc.WorkerEventsServicer):
         try:
             async with asyncio.timeout_at(when):
                 await self._closing.wait()
-        except TimeoutError:
-            return
-
-
-class _Signal:
-    """Wakes whoever waits at this moment."""
-
-    def __init__(self) -> None:
-        self._event = asyncio.Event()
-
-    def fire(self) -> None:
-        event, self._event = self._event, asyncio.Event()
-        event.set()
-
-    async def wait(self, until: float | None = None) -> None:
-        """Return at the next `fire`, or at `until` on the loop's clock."""
-        try:
-            async with asyncio.timeout_at(until):
-                await self._event.wait()
         except TimeoutError:
             return
 

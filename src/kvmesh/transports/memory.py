@@ -60,7 +60,7 @@ class MemoryTransport:
         if size <= INLINE_BYTES:
             _copy(source, source_block_ids, target, target_block_ids)
         else:
-            await asyncio.to_thread(_copy, source, source_block_ids, target, target_block_ids)
+            await _copy_in_thread(source, source_block_ids, target, target_block_ids)
         return size
 
     async def aclose(self) -> None:
@@ -68,6 +68,21 @@ class MemoryTransport:
         for agent_name in self._served:
             self._network.pools.pop(agent_name, None)
         self._served.clear()
+
+
+async def _copy_in_thread(
+    source: npt.NDArray[np.uint8],
+    source_block_ids: Sequence[int],
+    target: npt.NDArray[np.uint8],
+    target_block_ids: Sequence[int],
+) -> None:
+    """Copy, and return or raise only when the thread has stopped writing: its target is somebody else's afterwards."""
+    copying = asyncio.ensure_future(asyncio.to_thread(_copy, source, source_block_ids, target, target_block_ids))
+    try:
+        await asyncio.shield(copying)
+    except asyncio.CancelledError:
+        await asyncio.wait([copying])
+        raise
 
 
 def _copy(

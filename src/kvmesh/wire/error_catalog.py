@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import grpc
 from google.protobuf import duration_pb2
+from google.protobuf.message import DecodeError
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
@@ -30,11 +31,14 @@ class CatalogEntry:
     retryable: bool
     """True: the same request may succeed later or elsewhere."""
     text: str
-    """For strangers; names the fix. `{field}` is the offending field's path where there is one."""
+    """For strangers; names the fix."""
     error_class: type[MeshError]
     """What a client of ours raises on receiving it."""
     show_message: bool = True
-    """True: the error's own message is safe to show after the text."""
+    """True: the error's own message is safe to show after the text. False where it may hold addresses of the mesh or
+    the text of somebody's exception: that is for the log."""
+    retry_after_s: float | None = None
+    """When to try again, for errors that do not say so themselves."""
 
 
 _C = grpc.StatusCode
@@ -68,11 +72,11 @@ CATALOG: dict[Reason, CatalogEntry] = {
     ),
     Reason.OVERLOADED: CatalogEntry(
         _C.RESOURCE_EXHAUSTED, _LIMIT, "overloaded", True, "Every eligible worker is at its limit: back off and retry.",
-        errors.BackOffError,
+        errors.BackOffError, retry_after_s=1.0,
     ),
     Reason.QUEUE_FULL: CatalogEntry(
         _C.RESOURCE_EXHAUSTED, _LIMIT, "queue_full", True, "The prefill queue is full: back off and retry.",
-        errors.BackOffError,
+        errors.BackOffError, retry_after_s=1.0,
     ),
     Reason.LEASE_LOST: CatalogEntry(
         _C.FAILED_PRECONDITION, _SERVER, "lease_lost", False,
@@ -83,10 +87,12 @@ CATALOG: dict[Reason, CatalogEntry] = {
         errors.ConflictError,
     ),
     Reason.PREFILL_FAILED: CatalogEntry(
-        _C.UNAVAILABLE, _SERVER, "prefill_failed", True, "The prefill failed.", errors.TryElsewhereError
+        _C.UNAVAILABLE, _SERVER, "prefill_failed", True, "The prefill failed.", errors.TryElsewhereError,
+        show_message=False,
     ),
     Reason.KV_TRANSFER_FAILED: CatalogEntry(
-        _C.UNAVAILABLE, _SERVER, "kv_transfer_failed", True, "Moving the KV cache failed.", errors.TryElsewhereError
+        _C.UNAVAILABLE, _SERVER, "kv_transfer_failed", True, "Moving the KV cache failed.", errors.TryElsewhereError,
+        show_message=False,
     ),
     Reason.PIN_EXPIRED: CatalogEntry(
         _C.FAILED_PRECONDITION, _SERVER, "pin_expired", True,
@@ -98,7 +104,7 @@ CATALOG: dict[Reason, CatalogEntry] = {
     ),
     Reason.WORKER_LOST: CatalogEntry(
         _C.UNAVAILABLE, _SERVER, "worker_lost", True, "The worker that served this request is gone: retry.",
-        errors.TryElsewhereError,
+        errors.TryElsewhereError, show_message=False,
     ),
     Reason.SLOW_CONSUMER: CatalogEntry(
         _C.RESOURCE_EXHAUSTED, _LIMIT, "slow_consumer", False,
@@ -157,12 +163,25 @@ HTTP_STATUS: dict[grpc.StatusCode, int] = {
 _CODE_BY_NUMBER: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 
 
+_MAX_MESSAGE_BYTES = 1024
+"""Of an error's own message: it travels in trailers, three times and encoded, and peers refuse trailers above 8 KiB."""
+
+
 def public_text(error: MeshError) -> str:
     """Return what a stranger may read of this error: the catalog's text, then the error's own message where safe."""
-    entry = CATALOG[error.reason]
-    if not entry.show_message or not error.message or error.message == entry.text:
-        return entry.text
-    return f"{entry.text} {error.message}"
+    entry, message = CATALOG[error.reason], _public_message(error)
+    return f"{entry.text} {message}" if message and message != entry.text else entry.text
+
+
+def retry_after_s(error: MeshError) -> float | None:
+    """Return how long the caller is to wait before it tries again; None where waiting is not what helps."""
+    return error.retry_after_s if error.retry_after_s is not None else CATALOG[error.reason].retry_after_s
+
+
+def _public_message(error: MeshError) -> str:
+    if not CATALOG[error.reason].show_message:
+        return ""
+    return error.message.encode("utf-8", "replace")[:_MAX_MESSAGE_BYTES].decode("utf-8", "ignore")
 
 
 def http_status(error: MeshError) -> int:
@@ -179,34 +198,38 @@ def to_status(error: MeshError) -> status_pb2.Status:
         metadata["field"] = error.field
     status.details.add().Pack(error_details_pb2.ErrorInfo(reason=error.reason.value, domain=DOMAIN, metadata=metadata))
     if error.field is not None:
-        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.message)
+        description = _public_message(error) or entry.text
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=description)
         status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
-    if error.retry_after_s is not None:
+    if (wait_s := retry_after_s(error)) is not None:
         delay = duration_pb2.Duration()
-        delay.FromNanoseconds(int(error.retry_after_s * 1e9))
+        delay.FromNanoseconds(int(wait_s * 1e9))
         status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
     return status
 
 
 def from_status(status: status_pb2.Status) -> MeshError:
     """Return the MeshError that a peer put on the wire; foreign statuses become the nearest reason of ours."""
-    reason, metadata, retry_after_s = _nearest_reason(status.code), {}, None
+    reason, metadata, wait_s = _nearest_reason(status.code), {}, None
     info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
     for detail in status.details:
         if detail.Unpack(info) and info.domain == DOMAIN and info.reason in Reason.__members__:
             reason, metadata = Reason(info.reason), dict(info.metadata)
         elif detail.Unpack(retry):
-            retry_after_s = retry.retry_delay.ToNanoseconds() / 1e9
+            wait_s = retry.retry_delay.ToNanoseconds() / 1e9
     entry = CATALOG[reason]
     field = metadata.pop("field", None)
     metadata.pop("retryable", None)
     message = status.message.removeprefix(entry.text).strip()
-    return entry.error_class(reason, message, field=field, retry_after_s=retry_after_s, metadata=metadata)
+    return entry.error_class(reason, message, field=field, retry_after_s=wait_s, metadata=metadata)
 
 
 def from_rpc_error(error: grpc.aio.AioRpcError) -> MeshError:
     """Return the MeshError behind a failed call of ours."""
-    status = rpc_status.from_call(error)
+    try:
+        status = rpc_status.from_call(error)
+    except (ValueError, DecodeError):  # foreign details that contradict their call, or are none
+        status = None
     if status is None:
         status = status_pb2.Status(code=error.code().value[0], message=error.details() or "")
     return from_status(status)

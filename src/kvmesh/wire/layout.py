@@ -9,21 +9,36 @@ class Layout(Protocol):
     """The fields of an engine's KvLayout."""
 
     @property
-    def dtype(self) -> str: ...
+    def dtype(self) -> str:
+        """Element type."""
+
     @property
-    def layers(self) -> int: ...
+    def layers(self) -> int:
+        """Layers of the model."""
+
     @property
-    def block_size(self) -> int: ...
+    def block_size(self) -> int:
+        """Tokens in a block."""
+
     @property
-    def kv_heads(self) -> int: ...
+    def kv_heads(self) -> int:
+        """KV heads per layer."""
+
     @property
-    def head_dim(self) -> int: ...
+    def head_dim(self) -> int:
+        """Elements per head."""
+
     @property
-    def order(self) -> str: ...
+    def order(self) -> str:
+        """Order of the axes within a block."""
+
     @property
-    def model_fingerprint(self) -> str: ...
+    def model_fingerprint(self) -> str:
+        """What makes two models' KV interchangeable."""
+
     @property
-    def bytes_per_block(self) -> int: ...
+    def bytes_per_block(self) -> int:
+        """Bytes of one block over all layers."""
 
 
 def layout_to_wire(layout: Layout) -> generation_pb2.KvLayout:

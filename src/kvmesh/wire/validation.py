@@ -70,7 +70,7 @@ def resolve_sampling(
 ) -> generation_pb2.SamplingParams:
     """Return a copy with every default set; `max_tokens` is cut to what the context leaves.
 
-    Raises: FixRequestError(INVALID_FIELD) when the prompt leaves no room for one token. `max_context_tokens` 0 = no limit.
+    `max_context_tokens` 0 = no limit. Raises: FixRequestError(INVALID_FIELD) when the prompt leaves no room.
     """
     wanted = sampling.max_tokens if sampling.HasField("max_tokens") else DEFAULT_MAX_TOKENS
     room = max_context_tokens - prompt_tokens if max_context_tokens else wanted

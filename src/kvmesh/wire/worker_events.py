@@ -28,8 +28,8 @@ def kv_event_to_proto(event: KvEvent, *, block_size: int) -> worker_events_pb2.K
 def kv_event_from_proto(event: worker_events_pb2.KvEvent, *, block_size: int) -> KvEvent | None:
     """Return the core's form of one change; None for a kind that this build does not know.
 
-    Raises: FixRequestError(INVALID_FIELD) for stored blocks whose size is not `block_size`, 0 among them, or whose local
-    hashes are neither absent nor as many as the blocks.
+    Raises: FixRequestError(INVALID_FIELD) for stored blocks whose size is not `block_size`, 0 among them, or whose
+    local hashes are neither absent nor as many as the blocks.
     """
     match event.WhichOneof("event"):
         case "stored":

@@ -284,7 +284,28 @@ def test_task_that_no_worker_can_do_is_refused_naming_both_values(
     with pytest.raises(TryElsewhereError) as refusal:
         bench.submit("a", needs=needs)
 
-    assert refusal.value.metadata == {"field": field, "required": required, "offered": offered}
+    assert refusal.value.metadata == {"capability": field, "required": required, "offered": offered}
+
+
+@pytest.mark.parametrize(
+    "needs",
+    [
+        pytest.param(Capability("", 16, "float16", "fp-1"), id="any model"),
+        pytest.param(Capability("llama", 0, "", ""), id="any layout"),
+        pytest.param(Capability("llama", 16, "float16", "fp-1"), id="any transport"),
+    ],
+)
+def test_empty_requirement_is_met_by_every_worker(bench: Bench, needs: Capability) -> None:
+    bench.attach(A)
+    bench.submit("a", needs=needs)
+
+    assert bench.names(A) == ["a"]
+
+
+def test_worker_without_a_layout_does_no_task_that_needs_one(bench: Bench) -> None:
+    bench.attach(A, offers=WorkerCapability(frozenset({"llama"}), 0, "", ""))
+
+    bench.refused(Reason.NO_CAPABLE_WORKER, lambda: bench.submit("a"), error=TryElsewhereError)
 
 
 def test_refusal_names_what_the_closest_workers_offer(bench: Bench) -> None:
@@ -294,7 +315,7 @@ def test_refusal_names_what_the_closest_workers_offer(bench: Bench) -> None:
     with pytest.raises(TryElsewhereError) as refusal:
         bench.submit("a", needs=Capability("qwen", 64, "float16", "fp-1"))
 
-    assert refusal.value.metadata == {"field": "block_size", "required": "64", "offered": "32"}
+    assert refusal.value.metadata == {"capability": "block_size", "required": "64", "offered": "32"}
 
 
 def test_task_waits_for_a_worker_while_none_is_attached(bench: Bench) -> None:
@@ -972,6 +993,23 @@ def test_stats_count_what_happened(bench: Bench) -> None:
 
     assert (stats.queued, stats.delayed, stats.leased, stats.queued_tokens) == (1, 1, 1, 100)
     assert (stats.ended[TaskState.COMPLETED], stats.backed_off, stats.requeued) == (1, 1, 0)
+
+
+def test_every_lease_that_ends_unanswered_is_counted_also_the_last_one() -> None:
+    bench = Bench(QueueLimits(max_attempts=2))
+    bench.attach(A)
+    bench.submit("requeued, then dead")
+    bench.submit("past its time-to-live", expires_at=5.0)
+    bench.submit("completed")
+    bench.complete(bench.lease(A, max_tasks=3)[2])
+
+    bench.wait(10.0)
+    bench.lease_one(A)
+    bench.queue.detach(A, FIRST, now=bench.now)
+
+    stats = bench.queue.stats()
+    assert (stats.leases_lost, stats.requeued) == (3, 1)
+    assert (stats.ended[TaskState.DEAD], stats.ended[TaskState.EXPIRED]) == (1, 1)
 
 
 @pytest.mark.parametrize("name", ["max_depth", "lease_ttl_s", "max_attempts", "affinity_window"])

@@ -5,7 +5,8 @@
     3. else the most similar one all the same.
 
 Similarity is difflib's ratio of the remembered prompt to the new one, 0..1. Equals go to the first by name, so the
-choice is deterministic. What a worker remembers is the first prompt booked on it, until the worker is gone. Cost = -similarity.
+choice is deterministic. What a worker remembers is the first prompt booked on it, until the worker is gone.
+Cost = -similarity.
 """
 
 import random

@@ -1,0 +1,34 @@
+"""`kvmesh drain`: empty one worker."""
+
+# ruff: noqa: PLC0415  # commands import what they need when they run, so that `kvmesh --help` answers at once
+
+from typing import Annotated
+
+import typer
+
+from kvmesh.cli.options import DEFAULT_TARGET, Target
+
+_ANSWER_MARGIN_S = 10.0
+"""Beyond the drain's own time, for the gateway and the worker to answer."""
+
+
+def drain(
+    worker_id: Annotated[str, typer.Argument(metavar="WORKER_ID", help="As `kvmesh status` shows it.")],
+    timeout: Annotated[
+        float,
+        typer.Option(
+            "--timeout", metavar="SECONDS", min=0, help="Cancel what still runs after this long; 0 = at once."
+        ),
+    ] = 30.0,
+    target: Target = DEFAULT_TARGET,
+) -> None:
+    """Let a worker finish what it runs and take nothing new; returns when it is empty."""
+    from kvmesh.cli.calls import open_channel
+    from kvmesh.v1 import worker_control_pb2, worker_control_pb2_grpc
+    from kvmesh.wire.validation import duration
+
+    request = worker_control_pb2.DrainRequest(worker_id=worker_id, timeout=duration(timeout))
+    with open_channel(target) as channel:
+        stub = worker_control_pb2_grpc.WorkerControlStub(channel)
+        answer = stub.Drain(request, timeout=timeout + _ANSWER_MARGIN_S)
+    typer.echo(f"{worker_id} is drained: {answer.finished} finished, {answer.cancelled} cancelled")

@@ -1,0 +1,78 @@
+"""`kvmesh generate`: one request, printed as it arrives."""
+
+# ruff: noqa: PLC0415  # commands import what they need when they run, so that `kvmesh --help` answers at once
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvmesh.cli.options import DEFAULT_TARGET, CommandFailed, Target, Timeout
+
+if TYPE_CHECKING:
+    from kvmesh.v1 import frontend_pb2, generation_pb2
+
+
+def generate(  # noqa: PLR0917  # the signature is the command's flags; Typer calls it by keyword
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    model: Annotated[str, typer.Option("--model", help="Model; may be left out while the mesh serves one.")] = "",
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=1, help="Tokens to produce at most.")] = None,
+    temperature: Annotated[float | None, typer.Option("--temperature", help="0 = greedy, up to 2.")] = None,
+    no_stream: Annotated[bool, typer.Option("--no-stream", help="Print the output when it is whole.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Show how the worker was chosen (stderr).")] = False,
+    target: Target = DEFAULT_TARGET,
+    timeout: Timeout = 300.0,
+) -> None:
+    """Continue a prompt; Ctrl-C cancels it everywhere. The output goes to stdout, all else to stderr."""
+    from kvmesh.cli.calls import open_channel
+    from kvmesh.v1 import frontend_pb2, frontend_pb2_grpc, generation_pb2
+
+    request = frontend_pb2.GenerateRequest(
+        prompt=generation_pb2.Prompt(text=prompt),
+        model=model,
+        sampling=generation_pb2.SamplingParams(max_tokens=max_tokens, temperature=temperature),
+        explain=explain,
+    )
+    started, finished, held, is_within_line = frontend_pb2.Started(), None, [], False
+    with open_channel(target) as channel:
+        try:
+            for response in frontend_pb2_grpc.FrontendStub(channel).Generate(request, timeout=timeout):
+                match response.WhichOneof("event"):
+                    case "started":
+                        started = response.started
+                        if explain:
+                            _print_explanation(started)
+                    case "chunk" if no_stream:
+                        held.append(response.chunk.text)
+                    case "chunk":
+                        typer.echo(response.chunk.text, nl=False)  # echo flushes
+                        is_within_line = True
+                    case "finished":
+                        finished = response.finished
+        finally:
+            if is_within_line:
+                typer.echo()  # what comes next, be it an error, begins its own line
+    if finished is None:
+        raise CommandFailed("the stream ended without a result: the output is incomplete")
+    if no_stream:
+        typer.echo("".join(held))
+    typer.secho(footer(started, finished), dim=True, err=True)
+
+
+def footer(started: "frontend_pb2.Started", finished: "generation_pb2.Finished") -> str:
+    """Return in one line who served the request and what it consumed."""
+    from kvmesh.v1 import generation_pb2
+
+    usage = finished.usage
+    reason = generation_pb2.FinishReason.Name(finished.reason).removeprefix("FINISH_REASON_").lower()
+    prefill = "remote" if started.prefill.remote else "local"
+    return (
+        f"[{started.worker_id}: {usage.completion_tokens} tokens, {reason}; prompt {usage.prompt_tokens} tokens, "
+        f"{usage.cached_tokens} cached, {started.predicted_cached_tokens} predicted; prefill {prefill}]"
+    )
+
+
+def _print_explanation(started: "frontend_pb2.Started") -> None:
+    from kvmesh.cli.console import output_console
+    from kvmesh.cli.explanation import explanation_view
+
+    output_console(stderr=True).print(explanation_view(started.explanation))

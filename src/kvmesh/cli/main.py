@@ -1,0 +1,101 @@
+"""The `kvmesh` command: what there is, and how every command's failure reaches the terminal and the exit code."""
+
+# ruff: noqa: PLC0415  # commands import what they need when they run, so that `kvmesh --help` answers at once
+
+import difflib
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from kvmesh.cli.config import show_config
+from kvmesh.cli.drain import drain
+from kvmesh.cli.generate import generate
+from kvmesh.cli.options import examples
+from kvmesh.cli.probe import BAD_FLAGS, probe
+from kvmesh.cli.status import status
+from kvmesh.cli.up import up
+
+# Typer's rich help and tracebacks would cost 300 ms on every start, also that of a mesh.
+app = typer.Typer(name="kvmesh", rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
+config_app = typer.Typer(rich_markup_mode=None, help="The settings.", epilog=examples("kvmesh config show"))
+
+app.command(
+    epilog=examples(
+        "kvmesh up",
+        "kvmesh up --decode 4 --prefill 2 --engine simulated --speedup 10",
+        "kvmesh up --config mesh.toml --http-port 0 --grpc-port 0",
+        "kvmesh up --engine simulated --engine-option total_blocks=512 --engine-option block_size=16",
+    )
+)(up)
+app.command(
+    epilog=examples('kvmesh generate "Tell me a joke"', 'kvmesh generate "Tell me a joke" --max-tokens 32 --explain')
+)(generate)
+app.command(epilog=examples("kvmesh status", "kvmesh status --json --target 127.0.0.1:50051"))(status)
+app.command(
+    epilog=examples("kvmesh probe 127.0.0.1:50051", "kvmesh probe 127.0.0.1:50051 --service kvmesh.v1.Frontend")
+)(probe)
+app.command(epilog=examples("kvmesh drain NODE1/decode/1", "kvmesh drain NODE1/decode/1 --timeout 5"))(drain)
+config_app.command("show", epilog=examples("kvmesh config show", "kvmesh config show --config mesh.toml"))(show_config)
+app.add_typer(config_app, name="config")
+
+
+@app.callback(
+    invoke_without_command=True,
+    epilog=examples("kvmesh up", 'kvmesh generate "Tell me a joke"', "kvmesh status"),
+)
+def root(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False
+) -> None:
+    """A gRPC service mesh for LLM inference: one command on a laptop, many machines across a cluster."""
+    if version:
+        show_version()
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command("version", epilog=examples("kvmesh version"))
+def show_version() -> None:
+    """Show the version."""
+    from importlib.metadata import version
+
+    typer.echo(f"kvmesh {version('kvmesh')}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit."""
+    try:
+        code = app(arguments, prog_name="kvmesh", standalone_mode=False)
+    except typer.TyperException as error:
+        for line in _failure_text(error).splitlines():
+            typer.secho(f"error: {line}", fg="red", err=True)
+        sys.exit(_exit_code(error))
+    except typer.Abort:
+        sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _failure_text(error: Any) -> str:
+    """Return the text of a failure; an unknown flag is always answered with the nearest one."""
+    text: str = error.format_message()
+    context, option = getattr(error, "ctx", None), getattr(error, "option_name", None)
+    if context is not None:
+        if option is not None and text.startswith("No such option"):
+            known = [name for parameter in context.command.params for name in parameter.opts if name.startswith("--")]
+            nearest = difflib.get_close_matches(option, [*known, "--help"], n=1, cutoff=0.0)[0]
+            text = f"no such option: {option}; the nearest is {nearest}"
+        text = f"{text[:1].lower()}{text[1:].rstrip('.')} (see {context.command_path} --help)"
+    return text
+
+
+def _exit_code(error: Any) -> int:
+    context = getattr(error, "ctx", None)
+    if context is not None and context.command.name == "probe":
+        return BAD_FLAGS
+    return int(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""A mesh on the terminal. Pure: a topology in, a renderable out."""
+
+from dataclasses import dataclass
+
+from rich.console import Group, RenderableType
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from kvmesh.cli.status import state_name
+from kvmesh.v1 import frontend_pb2
+
+_BAR_WIDTH = 16
+_STATE_STYLES = {"ready": "green", "draining": "yellow", "suspect": "red"}
+
+
+@dataclass(frozen=True, slots=True)
+class Doors:
+    """Where a mesh is reached."""
+
+    http_address: str
+    grpc_address: str
+
+
+class TokenRate:
+    """Tokens per second between two looks at a counter."""
+
+    def __init__(self) -> None:
+        self._last: tuple[float, int] | None = None
+
+    def update(self, *, now_s: float, completion_tokens: int) -> float:
+        """Return the rate since the last look; 0 at the first."""
+        last, self._last = self._last, (now_s, completion_tokens)
+        if last is None or now_s <= last[0]:
+            return 0.0
+        return max(completion_tokens - last[1], 0) / (now_s - last[0])
+
+
+def mesh_view(
+    topology: frontend_pb2.Topology, doors: Doors, *, tokens_per_s: float, max_workers: int | None = None
+) -> RenderableType:
+    """Return the one-screen view of a running mesh; workers beyond `max_workers` are only counted."""
+    return Group(
+        Text.assemble(("kvmesh    ", "bold"), f"http://{doors.http_address}", ("  gRPC ", "dim"), doors.grpc_address),
+        Text.assemble(("try       ", "dim"), curl_line(doors.http_address)),
+        Text(),
+        topology_view(topology, tokens_per_s=tokens_per_s, max_workers=max_workers),
+        Text("Ctrl-C stops the mesh", style="dim"),
+    )
+
+
+def topology_view(
+    topology: frontend_pb2.Topology, *, tokens_per_s: float | None = None, max_workers: int | None = None
+) -> RenderableType:
+    """Return the workers' table and the lines on queue and requests; the rate is shown where it is known."""
+    parts: list[RenderableType] = [workers_table(topology, max_workers=max_workers)]
+    if max_workers is not None and (hidden := len(topology.workers) - max_workers) > 0:
+        parts.append(Text(f"and {hidden} more: kvmesh status", style="dim"))
+    parts.append(queue_line(topology.queue))
+    parts.append(requests_line(topology.counters, tokens_per_s=tokens_per_s))
+    parts.append(cache_line(topology))
+    return Group(*parts)
+
+
+def workers_table(topology: frontend_pb2.Topology, *, max_workers: int | None = None) -> RenderableType:
+    """Return the table of the workers, in the topology's order."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("worker", no_wrap=True)
+    table.add_column("role")
+    table.add_column("state")
+    table.add_column("active", justify="right")
+    table.add_column("waiting", justify="right")
+    table.add_column("blocks", justify="right", no_wrap=True)
+    table.add_column("", width=_BAR_WIDTH)
+    table.add_column("cache hits", justify="right")
+    for worker in topology.workers[:max_workers]:
+        state = state_name(worker.state)
+        table.add_row(
+            Text(worker.id),
+            Text(worker.role),
+            Text(state, style=_STATE_STYLES.get(state, "")),
+            str(worker.active_requests),
+            str(worker.waiting_requests),
+            f"{worker.active_blocks}/{worker.total_blocks}" if worker.total_blocks else "-",
+            ProgressBar(total=worker.total_blocks, completed=worker.active_blocks, width=_BAR_WIDTH)
+            if worker.total_blocks
+            else "",
+            f"{worker.prefix_hit_rate:.0%}",
+        )
+    return table if topology.workers else Text("no workers", style="red")
+
+
+def queue_line(queue: frontend_pb2.QueueStats) -> Text:
+    """Return the prefill queue in one line."""
+    return Text(f"queue     {queue.depth} waiting, {queue.leased} leased, {queue.dead} dead")
+
+
+def requests_line(counters: frontend_pb2.TopologyCounters, *, tokens_per_s: float | None = None) -> Text:
+    """Return requests, tokens and where prefills ran in one line."""
+    parts = [f"{counters.requests} requests", f"{counters.running} running"]
+    if counters.failed:
+        parts.append(f"{counters.failed} failed")
+    parts.append(f"{counters.completion_tokens} tokens")
+    if tokens_per_s is not None:
+        parts.append(f"{tokens_per_s:.0f} tokens/s")
+    parts.append(f"prefills: {counters.remote_prefills} remote, {counters.local_prefills} local")
+    return Text(f"served    {', '.join(parts)}")
+
+
+def cache_line(topology: frontend_pb2.Topology) -> Text:
+    """Return how much of the prompts was cached, against what the router expected, in one line."""
+    counters = topology.counters
+    hits = _share(counters.cached_tokens, counters.prompt_tokens)
+    predicted = _share(counters.predicted_cached_tokens, counters.prompt_tokens)
+    return Text(f"cache     {hits} of prompt tokens hit, {predicted} predicted by {topology.policy}")
+
+
+def curl_line(http_address: str) -> str:
+    """Return a command that sends the hello world."""
+    body = '{"prompt": "Tell me a joke"}'
+    return f"curl -s http://{http_address}/generate -H 'content-type: application/json' -d '{body}'"
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.1%}" if whole else "-"

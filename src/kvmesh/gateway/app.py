@@ -1,0 +1,65 @@
+"""The HTTP door put together: REST, the OpenAI API, and what operators probe."""
+
+from collections.abc import Callable, Sequence
+
+from google.protobuf.descriptor import ServiceDescriptor
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from kvmesh import telemetry
+from kvmesh.gateway.openai_api import openai_routes
+from kvmesh.gateway.request_frame import RequestFrame
+from kvmesh.gateway.transcoder import Servicer, rpc_routes
+from kvmesh.wire.generation import Generator
+
+DEFAULT_MAX_BODY_BYTES = 8 * 1024 * 1024
+DEFAULT_REQUEST_TIMEOUT_S = 300.0
+
+
+def create_app(
+    *,
+    services: Sequence[tuple[ServiceDescriptor, Servicer]],
+    generator: Generator,
+    unready_reason: Callable[[], str | None],
+    exposition: Callable[[], bytes] = telemetry.exposition,
+    max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
+    request_timeout_s: float = DEFAULT_REQUEST_TIMEOUT_S,
+) -> Starlette:
+    """Return the app that serves the annotated methods of `services` and the OpenAI API on `generator`.
+
+    `unready_reason` says why the process should get no requests now, None when it should; `request_timeout_s` bounds
+    unary calls whose client sets no deadline. Raises: ValueError for an annotation that cannot be served.
+    """
+
+    async def healthz(request: Request) -> Response:
+        return Response("ok\n", media_type="text/plain")
+
+    async def readyz(request: Request) -> Response:
+        why = unready_reason()
+        return Response(f"{why or 'ready'}\n", status_code=503 if why else 200, media_type="text/plain")
+
+    async def metrics(request: Request) -> Response:
+        return Response(exposition(), headers={"content-type": telemetry.CONTENT_TYPE_LATEST})
+
+    app = Starlette(
+        routes=[
+            *openai_routes(generator, max_body_bytes=max_body_bytes),
+            Route("/healthz", healthz),
+            Route("/readyz", readyz),
+            Route("/metrics", metrics),
+            *rpc_routes(services, max_body_bytes=max_body_bytes, request_timeout_s=request_timeout_s),
+        ],
+        middleware=[Middleware(RequestFrame)],
+        exception_handlers={HTTPException: _pass_on},
+    )
+    app.router.redirect_slashes = False
+    return app
+
+
+async def _pass_on(request: Request, exc: Exception) -> Response:
+    """Leave unknown paths and wrong verbs to the frame, which answers every failure."""
+    raise exc

@@ -1,0 +1,140 @@
+"""The OpenAI API over the mesh's Generator: chat completions, completions and models."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+
+from starlette.routing import BaseRoute, Route
+from starlette.types import Receive, Scope, Send
+
+from kvmesh.core.errors import MeshError, NotKnownError, Reason
+from kvmesh.gateway import sse
+from kvmesh.gateway.json_messages import load_json
+from kvmesh.gateway.openai_chunks import CHAT, COMPLETION, Reply, ReplyForm, model_json
+from kvmesh.gateway.openai_schema import ChatRequest, CompletionRequest, OpenAIRequest, parse_body
+from kvmesh.gateway.request_frame import client_request_id_of, request_id_of
+from kvmesh.gateway.request_io import (
+    StreamedReply,
+    deadline,
+    read_body,
+    send_json,
+    stream,
+    timeout_of,
+    until_disconnect,
+)
+from kvmesh.v1 import frontend_pb2, generation_pb2
+from kvmesh.wire.generation import Delta, Event, Generator
+
+_LARGE_BODY_BYTES = 512 * 1024
+"""From here on (milliseconds of parsing) a body is parsed off the loop."""
+
+
+def openai_routes(generator: Generator, *, max_body_bytes: int) -> list[BaseRoute]:
+    """Return the routes of the OpenAI API."""
+    chat = Completions(generator, CHAT, ChatRequest, max_body_bytes=max_body_bytes)
+    completions = Completions(generator, COMPLETION, CompletionRequest, max_body_bytes=max_body_bytes)
+    models = Models(generator)
+    return [
+        Route("/v1/chat/completions", chat, methods=["POST"]),
+        Route("/v1/completions", completions, methods=["POST"]),
+        Route("/v1/models", models, methods=["GET"]),
+        Route("/v1/models/{model:path}", models, methods=["GET"]),
+    ]
+
+
+class Models:
+    """What the mesh serves, all of it or one by its name."""
+
+    def __init__(self, generator: Generator) -> None:
+        """`generator` is asked at every request."""
+        self._generator = generator
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request. Raises: NotKnownError(UNKNOWN_MODEL)."""
+        models = [model_json(model) for model in self._generator.models().models]
+        name = scope["path_params"].get("model")
+        if name is None:
+            await send_json(send, {"object": "list", "data": models})
+            return
+        found = next((model for model in models if model["id"] == name), None)
+        if found is None:
+            raise NotKnownError(Reason.UNKNOWN_MODEL, "", field="model")
+        await send_json(send, found)
+
+
+class Completions:
+    """One of the two kinds of completion."""
+
+    def __init__(
+        self, generator: Generator, form: ReplyForm, kind: type[OpenAIRequest], *, max_body_bytes: int
+    ) -> None:
+        """`kind` is what the body must be."""
+        self._generator = generator
+        self._form = form
+        self._kind = kind
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request. Raises: MeshError until the reply has begun."""
+        timeout_s = timeout_of(scope)
+        body = await read_body(scope, receive, max_bytes=self._max_body_bytes)
+        if len(body) < _LARGE_BODY_BYTES:
+            asked, request = self._parse(body, client_request_id_of(scope))
+        else:
+            asked, request = await asyncio.to_thread(self._parse, body, client_request_id_of(scope))
+        events = self._generator.generate(request, timeout_s=timeout_s, request_id=request_id_of(scope))
+        if asked.stream:
+            await stream(
+                StreamedReply(send, content_type=sse.CONTENT_TYPE),
+                self._chunks(events, includes_usage=asked.includes_usage),
+                receive=receive,
+                timeout_s=timeout_s,
+                last=sse.DONE,
+                tell=lambda failure: sse.event(failure.openai_body()),
+            )
+            return
+        async with until_disconnect(receive):
+            async with deadline(timeout_s), aclosing(events):
+                value = await self._whole(events)
+            await send_json(send, value)
+
+    def _parse(self, body: bytes, client_request_id: str) -> tuple[OpenAIRequest, frontend_pb2.GenerateRequest]:
+        asked = parse_body(load_json(body), self._kind)
+        return asked, asked.to_generate_request(client_request_id=client_request_id)
+
+    async def _whole(self, events: AsyncIterator[Event]) -> dict[str, object]:
+        reply: Reply | None = None
+        pieces: list[str] = []
+        async for event in events:
+            match event:
+                case frontend_pb2.Started():
+                    reply = Reply(self._form, event)
+                case Delta():
+                    pieces += event.pieces
+                case generation_pb2.Finished() if reply is not None:
+                    return reply.whole("".join(pieces), event)
+        raise _cut_short()
+
+    async def _chunks(
+        self, events: AsyncGenerator[Event, None], *, includes_usage: bool
+    ) -> AsyncGenerator[bytes, None]:
+        """Yield what is to be written at once; nothing before the first output, whose failure is an HTTP status."""
+        async with aclosing(events):
+            started = await anext(events, None)
+            if not isinstance(started, frontend_pb2.Started):
+                raise _cut_short()
+            reply = Reply(self._form, started, includes_usage=includes_usage)
+            unsent = reply.opening()
+            async for event in events:
+                if isinstance(event, Delta):
+                    yield unsent + reply.tokens(event.pieces)
+                    unsent = b""
+                elif isinstance(event, generation_pb2.Finished):
+                    yield unsent + reply.closing(event)
+                    return
+            raise _cut_short()
+
+
+def _cut_short() -> MeshError:
+    """Return the error of a generator that broke its contract: Started, Deltas, Finished, or a raised error."""
+    return MeshError(Reason.INTERNAL, "the generator ended without Finished")

@@ -1,0 +1,79 @@
+"""A request message from the parts of an HTTP request: body, query parameters and path."""
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import parse_qsl
+
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
+
+from kvmesh.core.errors import FixRequestError, Reason
+from kvmesh.gateway.json_messages import load_json, merge_json, new_message
+from kvmesh.gateway.routes import HttpRule, field_at
+from kvmesh.wire.validation import invalid
+
+_LARGE_BODY_BYTES = 128 * 1024
+"""From here on (milliseconds of parsing) a body is parsed off the loop."""
+_BOOLEANS = {"true": True, "false": False}
+
+
+async def bind_request(rule: HttpRule, *, path_values: Mapping[str, str], query: bytes, body: bytes) -> Message:
+    """Return the request of `rule`'s method. Raises: FixRequestError(INVALID_FIELD) naming the field by its path."""
+    if len(body) < _LARGE_BODY_BYTES:
+        return _bind(rule, path_values, query, body)
+    return await asyncio.to_thread(_bind, rule, path_values, query, body)
+
+
+def _bind(rule: HttpRule, path_values: Mapping[str, str], query: bytes, body: bytes) -> Message:
+    message = new_message(rule.method.input_type)
+    if rule.body and body.strip():  # an empty body is an empty request
+        value = load_json(body)
+        merge_json(value if rule.body == "*" else {rule.body: value}, message)
+    parameters = _query_values(rule, query)
+    if parameters:
+        merge_json(parameters, message)
+    for field_path, text in path_values.items():  # last: the path is what was called
+        tree: dict[str, Any] = {}
+        _put(tree, field_path, text)
+        merge_json(tree, message)
+    return message
+
+
+def _query_values(rule: HttpRule, query: bytes) -> dict[str, Any]:
+    try:
+        pairs = parse_qsl(query.decode("ascii"), keep_blank_values=True, errors="strict")
+    except ValueError as exc:
+        raise FixRequestError(Reason.INVALID_FIELD, "the query string is not percent-encoded UTF-8") from exc
+    tree: dict[str, Any] = {}
+    bound = {variable.field_path for variable in rule.variables} | {rule.body}
+    for name, text in pairs:
+        if rule.body == "*":
+            raise invalid(name, "takes no query parameters: everything is in the body")
+        field = field_at(rule.method.input_type, name)
+        if field is None:
+            raise invalid(name, "unknown field")
+        if name.partition(".")[0] in bound or name in bound:
+            raise invalid(name, "already set by the path or the body")
+        if _is_structured(field):
+            raise invalid(name, "is no single value: name one of its fields, as in parent.field=value")
+        value = _BOOLEANS.get(text, text) if field.type == FieldDescriptor.TYPE_BOOL else text
+        _put(tree, name, value, is_repeated=field.is_repeated)
+    return tree
+
+
+def _is_structured(field: FieldDescriptor) -> bool:
+    """Whether it has no form as one text: Duration, Timestamp and the wrappers have."""
+    return field.message_type is not None and field.message_type.file.package != "google.protobuf"
+
+
+def _put(tree: dict[str, Any], field_path: str, value: Any, *, is_repeated: bool = False) -> None:
+    *parents, last = field_path.split(".")
+    for name in parents:
+        tree = tree.setdefault(name, {})
+    if is_repeated:
+        tree.setdefault(last, []).append(value)
+    elif last in tree:
+        raise invalid(field_path, "given twice")
+    else:
+        tree[last] = value

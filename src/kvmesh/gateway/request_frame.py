@@ -1,0 +1,86 @@
+"""What surrounds every HTTP request: its id, its log context, its metric, and its error if it fails unanswered."""
+
+import asyncio
+import re
+from contextlib import suppress
+
+import structlog
+import uuid_utils
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from kvmesh import telemetry
+from kvmesh.gateway.failures import Failure, failure_of
+from kvmesh.gateway.request_io import ClientGoneError, draining, header, send_bytes
+
+REQUEST_ID_KEY = "x-request-id"
+"""Header of the mesh's id of a request, on every reply."""
+OPENAI_PREFIX = "/v1/"
+"""Paths whose errors have the OpenAI API's form."""
+
+_SCOPE_KEY = "kvmesh.request_id"
+_CLIENT_CLOSED = 499
+_SANE_CLIENT_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_FAREWELL_S = 1.0
+_log = telemetry.logger(__name__)
+
+
+def request_id_of(scope: Scope) -> str:
+    """Return the mesh's id of this request (UUIDv7)."""
+    request_id: str = scope[_SCOPE_KEY]
+    return request_id
+
+
+def client_request_id_of(scope: Scope) -> str:
+    """Return the client's own id, its `x-request-id`: logged, never a key; "" for none or one that is no plain word."""
+    sent = header(scope, REQUEST_ID_KEY.encode("ascii")) or ""
+    return sent if _SANE_CLIENT_ID.fullmatch(sent) else ""
+
+
+class RequestFrame:
+    """The outermost middleware of ours."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        """Surround `app`."""
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = scope[_SCOPE_KEY] = str(uuid_utils.uuid7())
+        own_header = (REQUEST_ID_KEY.encode("ascii"), request_id.encode("ascii"))
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), own_header]
+            await send(message)
+
+        structlog.contextvars.bind_contextvars(request_id=request_id, method=scope["method"], path=scope["path"])
+        try:
+            await self._app(scope, receive, send_with_id)
+        except ClientGoneError:
+            _log.debug("http.client_gone")
+        except asyncio.CancelledError:
+            if not status:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_FAREWELL_S):
+                        await _send_failure(scope, send_with_id, failure_of(draining()))
+            raise
+        except Exception as exc:
+            failure = failure_of(exc)
+            if status:
+                raise  # too late to say it: the connection is closed instead
+            await _send_failure(scope, send_with_id, failure)
+        finally:
+            route = getattr(scope.get("route"), "path", "unmatched")
+            telemetry.HTTP_REQUESTS.labels(route, str(status or _CLIENT_CLOSED)).inc()
+            structlog.contextvars.clear_contextvars()
+
+
+async def _send_failure(scope: Scope, send: Send, failure: Failure) -> None:
+    body = failure.openai_body() if scope["path"].startswith(OPENAI_PREFIX) else failure.mesh_body()
+    await send_bytes(send, body, status=failure.http_status, headers=failure.headers)

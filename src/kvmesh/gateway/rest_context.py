@@ -1,0 +1,77 @@
+"""What a servicer sees of a call that came over HTTP, in place of gRPC's own context.
+
+Only what servicers of the mesh use. Metadata sent back has no form in REST and is dropped; errors are raised as
+MeshErrors, or given to `abort` as anywhere else.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from typing import NoReturn
+
+import grpc
+from google.rpc import status_pb2
+
+from kvmesh.gateway.failures import RpcAbortedError
+
+Metadata = Sequence[tuple[str, str | bytes]]
+_DETAILS_KEY = "grpc-status-details-bin"
+
+
+class RestContext:
+    """The context of one call."""
+
+    def __init__(self, *, metadata: Metadata, peer: str, timeout_s: float | None) -> None:
+        """`metadata` is the request's headers, lower case; the deadline is counted from now."""
+        self._metadata = tuple(metadata)
+        self._peer = peer
+        self._loop = asyncio.get_running_loop()
+        self._deadline = None if timeout_s is None else self._loop.time() + timeout_s
+        self._code: grpc.StatusCode | None = None
+        self._details = ""
+
+    def invocation_metadata(self) -> Metadata:
+        """Return the request's headers."""
+        return self._metadata
+
+    def peer(self) -> str:
+        """Return the client's address as gRPC writes it."""
+        return self._peer
+
+    def time_remaining(self) -> float | None:
+        """Return the seconds until the deadline, 0 or more; None without one."""
+        return None if self._deadline is None else max(self._deadline - self._loop.time(), 0.0)
+
+    async def send_initial_metadata(self, metadata: Metadata) -> None:
+        """Do nothing: a reply's headers go with its first message."""
+
+    def set_trailing_metadata(self, metadata: Metadata) -> None:
+        """Do nothing: JSON has no trailers."""
+
+    def set_code(self, code: grpc.StatusCode) -> None:
+        """Keep a code; servicers of the mesh raise instead."""
+        self._code = code
+
+    def set_details(self, details: str) -> None:
+        """Keep a text; servicers of the mesh raise instead."""
+        self._details = details
+
+    def code(self) -> grpc.StatusCode | None:
+        """Return the code set so far."""
+        return self._code
+
+    def details(self) -> str:
+        """Return the text set so far."""
+        return self._details
+
+    async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Metadata = ()) -> NoReturn:
+        """End the call with a status. Raises: RpcAbortedError always, ValueError for OK."""
+        if code is grpc.StatusCode.OK:
+            raise ValueError("a call cannot be aborted with OK")
+        packed = dict(trailing_metadata).get(_DETAILS_KEY)
+        if isinstance(packed, bytes):
+            raise RpcAbortedError(status_pb2.Status.FromString(packed))
+        raise RpcAbortedError(status_pb2.Status(code=code.value[0], message=details))
+
+    async def abort_with_status(self, status: grpc.Status) -> NoReturn:
+        """End the call with a status and its details. Raises: RpcAbortedError always, ValueError for OK."""
+        await self.abort(status.code, status.details, status.trailing_metadata or ())

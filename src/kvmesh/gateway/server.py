@@ -1,0 +1,81 @@
+"""The HTTP server: uvicorn on the running loop, as one part of a process that handles its own signals."""
+
+import asyncio
+import errno
+import math
+import socket
+from typing import Any
+
+import uvicorn
+from uvicorn.lifespan.off import LifespanOff
+
+from kvmesh.services.channels import PortTakenError
+from kvmesh.services.owned_tasks import OwnedTasks
+
+PORT_FLAG = "--http-port"
+_BACKLOG = 2048
+
+
+class HttpServer:
+    """Serves one ASGI app on one port, from `start` to `stop`."""
+
+    def __init__(self, app: Any, *, host: str, port: int) -> None:
+        """Nothing is bound yet; port 0 = any free one."""
+        self._host = host
+        self._port = port
+        config = uvicorn.Config(
+            app,
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="critical",  # what it would log, our own frame does
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+        )
+        config.load()
+        self._server = uvicorn.Server(config)
+        self._server.lifespan = LifespanOff(config)
+        self._tasks = OwnedTasks()
+        self._socket: socket.socket | None = None
+
+    @property
+    def address(self) -> str:
+        """host:port as bound. Raises: RuntimeError before `start`."""
+        return f"[{self._host}]:{self.port}" if ":" in self._host else f"{self._host}:{self.port}"
+
+    @property
+    def port(self) -> int:
+        """The port as bound. Raises: RuntimeError before `start`."""
+        if self._socket is None:
+            raise RuntimeError("the HTTP server has not been started")
+        return self._port
+
+    async def start(self) -> None:
+        """Bind, then serve. Raises: PortTakenError, OSError."""
+        self._socket = self._bind()
+        self._port = self._socket.getsockname()[1]
+        # Not `serve()`: that would take over the process's signal handlers.
+        await self._server.startup(sockets=[self._socket])
+        self._tasks.start(self._server.main_loop(), name="http.server")
+
+    async def stop(self, grace_s: float) -> None:
+        """Take no more connections, let requests end for `grace_s`, cancel the rest and wait for it. Idempotent."""
+        if self._server.should_exit or not self._server.started:
+            return
+        self._server.should_exit = True
+        self._server.config.timeout_graceful_shutdown = math.ceil(grace_s)
+        running = self._server.server_state.tasks
+        await self._server.shutdown()
+        await asyncio.gather(*running, return_exceptions=True)
+        await self._tasks.aclose()
+
+    def _bind(self) -> socket.socket:
+        family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
+        try:
+            return socket.create_server((self._host, self._port), family=family, backlog=_BACKLOG)
+        except OSError as exc:
+            if exc.errno == errno.EADDRINUSE:
+                raise PortTakenError(self._host, self._port, flag=PORT_FLAG) from exc
+            raise

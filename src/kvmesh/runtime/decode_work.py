@@ -1,0 +1,80 @@
+"""What makes a worker a decode worker: it owns requests until they end."""
+
+from collections.abc import Callable, Sequence
+
+from kvmesh.core.remote_prefill import RemotePrefillRules
+from kvmesh.runtime.worker import Service, Work, WorkerParts
+from kvmesh.services.decode_requests import DecodeRequests
+from kvmesh.services.decode_worker import DecodeWorker
+from kvmesh.services.remote_prefill import RemotePrefill
+from kvmesh.v1 import decode_worker_pb2, decode_worker_pb2_grpc, worker_events_pb2
+
+
+class DecodeWork:
+    """Takes requests, has long prefills done elsewhere, decodes."""
+
+    def __init__(self, parts: WorkerParts, *, rules: RemotePrefillRules, required: bool) -> None:
+        """Decide by `rules`; `required`: a failed remote prefill fails the request."""
+        self._remote_prefill = RemotePrefill(
+            identity=parts.identity,
+            driver=parts.driver,
+            peers=parts.peers,
+            channels=parts.channels,
+            transport=parts.transport,
+            rules=rules,
+            waits=parts.waits,
+            required=required,
+        )
+        self._requests = DecodeRequests(
+            driver=parts.driver,
+            models=parts.models,
+            remote_prefill=self._remote_prefill,
+            request_timeout_s=parts.waits.request_s,
+        )
+        self._requests.load_changed = parts.events.load_changed
+        self._requests.load_sequence = lambda: parts.events.load_sequence
+        self._servicer = DecodeWorker(self._requests, write_timeout_s=parts.waits.exchange_write_s)
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """Counts since the start."""
+        return self._requests.counters
+
+    def services(self) -> Sequence[Service]:
+        """DecodeWorker."""
+        return (
+            Service(
+                self._servicer,
+                decode_worker_pb2.DESCRIPTOR.services_by_name["DecodeWorker"],
+                decode_worker_pb2_grpc.add_DecodeWorkerServicer_to_server,
+            ),
+        )
+
+    def start(self) -> None:
+        """Nothing to begin: requests come by themselves."""
+
+    def shares(self) -> Sequence[worker_events_pb2.RouterShare]:
+        """Return the load by the router that sent it."""
+        return self._requests.shares()
+
+    def reservation_ids(self, router_id: str) -> Sequence[int]:
+        """Return the live reservations of one router."""
+        return self._requests.reservation_ids(router_id)
+
+    async def drain(self, timeout_s: float) -> tuple[int, int]:
+        """Take nothing new and end what runs within `timeout_s`; return (finished, cancelled)."""
+        return await self._requests.drain(timeout_s)
+
+    async def aclose(self) -> None:
+        """End what still runs, the exchanges too."""
+        await self._requests.aclose()
+        self._servicer.close()
+        await self._remote_prefill.aclose()
+
+
+def decode_work(*, rules: RemotePrefillRules, required: bool) -> Callable[[WorkerParts], Work]:
+    """Return what builds a decode worker's work."""
+    return lambda parts: DecodeWork(parts, rules=rules, required=required)

@@ -1,0 +1,104 @@
+"""Engines by name: what the composition root makes of the `engine.*` settings."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+from kvmesh.core.errors import FixRequestError, Reason
+from kvmesh.engines.engine import Engine
+from kvmesh.runtime.settings import EngineSettings
+from kvmesh.tokenizing.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class EnginePlan:
+    """How to make the engines of one mesh, all alike, and what the processor needs to know of them."""
+
+    model_name: str
+    tokenizer: Tokenizer | None
+    """None: the engine reads text."""
+    min_uncached_tokens: int
+    """From how many uncached tokens on a prefill goes remote, where the settings leave it open."""
+    build: Callable[[str], Engine]
+    """Takes the node's name."""
+
+
+def plan_engine(settings: EngineSettings) -> EnginePlan:
+    """Check the settings and return the plan. Raises: FixRequestError(INVALID_FIELD) naming the setting."""
+    planner = _PLANNERS.get(settings.name)
+    if planner is None:
+        nearest = get_close_matches(settings.name, _PLANNERS, n=1, cutoff=0.0)[0]
+        raise FixRequestError(
+            Reason.INVALID_FIELD,
+            f"no engine is named {settings.name!r}; did you mean {nearest!r}? Known: {', '.join(_PLANNERS)}",
+            field="engine.name",
+        )
+    return planner(settings)
+
+
+def _plan_echo(settings: EngineSettings) -> EnginePlan:
+    from kvmesh.engines import echo  # noqa: PLC0415  # an engine is imported when it is chosen
+
+    if settings.model is not None:
+        raise FixRequestError(
+            Reason.INVALID_FIELD, "echo reads text and takes no model: use --engine simulated", field="engine.model"
+        )
+    options = echo.parse(_with_speedup(settings, "echo"))
+    return EnginePlan(
+        model_name=settings.model_name or "echo",
+        tokenizer=None,
+        min_uncached_tokens=1,  # so that the walk-through's short prompts go remote
+        build=lambda node: echo.EchoEngine(node_name=node, options=options),
+    )
+
+
+def _plan_simulated(settings: EngineSettings) -> EnginePlan:
+    from kvmesh.engines import simulated, simulated_options  # noqa: PLC0415  # as above
+
+    tokenizer = _load_tokenizer(settings.model)
+    given = _with_speedup(settings, "simulated")
+    options = simulated_options.parse({**_defaults(tokenizer), **given})
+    return EnginePlan(
+        model_name=settings.model_name or (settings.model.resolve().name if settings.model else "simulated"),
+        tokenizer=tokenizer,
+        min_uncached_tokens=256,
+        build=lambda _: simulated.SimulatedEngine(options),
+    )
+
+
+_PLANNERS: Mapping[str, Callable[[EngineSettings], EnginePlan]] = {"echo": _plan_echo, "simulated": _plan_simulated}
+
+
+def _with_speedup(settings: EngineSettings, engine: str) -> dict[str, str]:
+    options = dict(settings.options)
+    if settings.speedup is not None:
+        if engine == "echo":
+            raise FixRequestError(
+                Reason.INVALID_FIELD, "echo models no time: --speedup is for --engine simulated", field="engine.speedup"
+            )
+        options["speedup"] = repr(settings.speedup)
+    return options
+
+
+def _load_tokenizer(folder: Path | None) -> Tokenizer:
+    if folder is None:
+        from kvmesh.tokenizing.byte_tokenizer import ByteTokenizer  # noqa: PLC0415  # one of the two
+
+        return ByteTokenizer()
+    from kvmesh.tokenizing.folder_tokenizer import FolderTokenizer  # noqa: PLC0415  # one of the two
+
+    return FolderTokenizer.load(folder)
+
+
+def _defaults(tokenizer: Tokenizer) -> dict[str, str]:
+    """Return the engine's options that follow from the tokenizer, unless given."""
+    defaults = {"vocab_size": str(tokenizer.vocab_size)}
+    if tokenizer.eos_token_ids:
+        defaults["eos_token_ids"] = ",".join(map(str, tokenizer.eos_token_ids))
+    if tokenizer.max_context_tokens is not None:
+        defaults["max_context_tokens"] = str(tokenizer.max_context_tokens)
+    printable = getattr(tokenizer, "printable_ids", None)
+    if printable is not None:
+        defaults["output_token_ids"] = f"{printable[0]}-{printable[1] - 1}"
+    return defaults

@@ -1,0 +1,156 @@
+"""One gRPC server of a process: its services, their health, reflection, and an end that is bounded whatever clients do.
+
+The stop, in order: health says NOT_SERVING; open calls get their grace, and calls that help them to end (a release, a
+completion) are still taken, because refusing new requests is each role's own drain; then what is left is cancelled and
+told DRAINING; then the connections close.
+"""
+
+import asyncio
+import errno
+import socket
+from collections.abc import Callable
+from contextlib import closing
+from typing import Any, TypeVar
+
+import grpc
+from google.protobuf.descriptor import ServiceDescriptor
+from grpc_health.v1 import health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from kvmesh import telemetry
+from kvmesh.runtime import health
+from kvmesh.runtime.health import Health
+from kvmesh.runtime.interceptors import CallInterceptor
+from kvmesh.services.channels import MAX_MESSAGE_BYTES, PortTakenError
+
+CLEANUP_S = 2.0
+"""How long cancelled calls may take to clean up; a stop lasts its grace plus this at most."""
+
+SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.so_reuseport", 0),  # a second server on one port must fail, not take half of the calls
+    # Clients of ours ping through a long silent prefill, and while no call runs; by default that earns too_many_pings.
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # A client that vanished without a FIN is noticed within 20 s: its streams hold leases and requests.
+    ("grpc.keepalive_time_ms", 15_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+)
+
+_log = telemetry.logger(__name__)
+_Servicer = TypeVar("_Servicer")
+
+
+class GrpcServer:
+    """The gRPC server of one process. Add the services, start it once, then drain and stop it."""
+
+    def __init__(self) -> None:
+        self.health = Health()
+        """What grpc.health.v1 says; the services of `add` come up with `start`, others may be set by name."""
+        self._calls = CallInterceptor(endless=(health.SERVICE_NAME, reflection.SERVICE_NAME))
+        self._services: dict[str, Callable[[grpc.aio.Server], None]] = {}
+        self._ready_at_start: list[str] = [""]
+        self._server: grpc.aio.Server | None = None
+        self._address = ""
+
+    @property
+    def address(self) -> str:
+        """`host:port` as it was bound. Raises: RuntimeError before `start`."""
+        if not self._address:
+            raise RuntimeError("the server was not started: it has no address")
+        return self._address
+
+    @property
+    def open_calls(self) -> int:
+        """Calls that run now, but for those of health and reflection."""
+        return self._calls.open_calls
+
+    def add(
+        self,
+        servicer: _Servicer,
+        service: ServiceDescriptor | str,
+        add_to_server: Callable[[_Servicer, Any], None],
+        *,
+        serving: bool = True,
+    ) -> None:
+        """Serve `servicer` as `service` (descriptor or full name); `add_to_server` is the generated function.
+
+        With `serving` False health says NOT_SERVING until told otherwise. Raises: RuntimeError after `start`,
+        ValueError for a service that was added already.
+        """
+        name = service if isinstance(service, str) else service.full_name
+        if self._server is not None:
+            raise RuntimeError(f"{name} came too late: the server is running")
+        if name in self._services:
+            raise ValueError(f"{name} was added already")
+        self._services[name] = lambda server: add_to_server(servicer, server)
+        self.health.set_serving(name, False)
+        if serving:
+            self._ready_at_start.append(name)
+
+    async def start(self, host: str, port: int, *, flag: str = "--grpc-port") -> int:
+        """Listen on `host` (port 0 = any free one) and return the port; `flag` is the option that chooses it.
+
+        Raises: PortTakenError when somebody listens there, and the server may then be started on another port; OSError
+        when `host` is none of this machine's; RuntimeError if it was started already.
+        """
+        if self._server is not None:
+            raise RuntimeError(f"the server was started already, on {self._address}")
+        await _check_free(host, port, flag=flag)
+        server = grpc.aio.server(interceptors=(self._calls,), options=SERVER_OPTIONS)
+        for add_to in self._services.values():
+            add_to(server)
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
+        reflection.enable_server_reflection((*self._services, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        try:
+            bound = server.add_insecure_port(_join(host, port))
+        except RuntimeError as exc:  # the check above passed: the port went in between
+            raise PortTakenError(host, port, flag=flag) from exc
+        await server.start()
+        self._server, self._address = server, _join(host, bound)
+        for name in self._ready_at_start:
+            self.health.set_serving(name, True)
+        _log.info("server.started", address=self._address, services=sorted(self._services))
+        return bound
+
+    async def drain_and_stop(self, grace_s: float) -> None:
+        """Stop, at most `grace_s` + `CLEANUP_S` from now. Idempotent; the most impatient of several callers wins.
+
+        Not for handlers of this server: the stop would wait for its own caller.
+        """
+        self.health.drain()
+        if self._server is None:
+            return
+        try:
+            async with asyncio.timeout(grace_s):
+                await self._calls.wait_idle()
+        except TimeoutError:
+            _log.warning("server.grace_ended", address=self._address, cancelled=self._calls.open_calls)
+        self.health.close()
+        stuck = await self._calls.end_calls(spared=health.SERVICE_NAME, within_s=CLEANUP_S)
+        await self._server.stop(None)
+        _log.info("server.stopped", address=self._address, stuck=stuck)
+
+
+def _join(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+async def _check_free(host: str, port: int, *, flag: str) -> None:
+    """Bind and let go: gRPC itself tells neither why it could not bind nor that only one address of a name was free."""
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except socket.gaierror as exc:
+        raise OSError(exc.errno, f"cannot listen on {host}: {exc.strerror}") from exc
+    for family, kind, protocol, _, address in found:
+        with closing(socket.socket(family, kind, protocol)) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            try:
+                probe.bind(address)
+            except OSError as exc:
+                if exc.errno == errno.EADDRINUSE:
+                    raise PortTakenError(host, port, flag=flag) from exc
+                raise OSError(exc.errno, f"cannot listen on {host}: {exc.strerror}") from exc

@@ -1,0 +1,261 @@
+"""A worker of either role: its engine, its server, its record in discovery, and its end.
+
+start:  listen -> register -> begin to work        (nobody hears of a worker that cannot answer)
+drain:  say so in the record, the loads and the health; take nothing new; what runs ends or is cancelled
+stop:   deregister -> drain -> end the streams -> close the server, then the engine
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
+
+from google.protobuf.descriptor import ServiceDescriptor
+
+from kvmesh import telemetry
+from kvmesh.core.ids import WorkerId
+from kvmesh.core.roster import WorkerRecord, WorkerRole
+from kvmesh.core.waits import Waits
+from kvmesh.discovery.discovery import Discovery, Registration
+from kvmesh.engines.engine import Engine
+from kvmesh.runtime.server import GrpcServer
+from kvmesh.services.channels import Channels
+from kvmesh.services.engine_driver import EngineDriver
+from kvmesh.services.identity import WorkerIdentity, new_epoch
+from kvmesh.services.kv_transfer import KvTransfer, LentPins
+from kvmesh.services.peers import Peers
+from kvmesh.services.worker_control import WorkerControl
+from kvmesh.services.worker_events import LoadView, RankView, WorkerEvents
+from kvmesh.transports.transport import Transport
+from kvmesh.v1 import (
+    kv_transfer_pb2,
+    kv_transfer_pb2_grpc,
+    worker_control_pb2,
+    worker_control_pb2_grpc,
+    worker_events_pb2,
+    worker_events_pb2_grpc,
+)
+from kvmesh.wire.layout import layout_to_wire
+
+log = telemetry.logger(__name__)
+
+_STREAMS_END_S = 1.0
+"""Grace of the server once the work is done: only watches and exchanges are open then."""
+
+
+class Service(NamedTuple):
+    """What a server serves."""
+
+    servicer: Any
+    descriptor: ServiceDescriptor
+    add_to_server: Callable[[Any, Any], None]
+
+
+class Work(Protocol):
+    """What makes a worker a decode or a prefill worker."""
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """Counts since the start, by name."""
+
+    def __len__(self) -> int:
+        """Count what it runs."""
+
+    def services(self) -> Sequence[Service]:
+        """What it adds to the worker's server."""
+
+    def start(self) -> None:
+        """Begin; the worker is registered."""
+
+    def shares(self) -> Sequence[worker_events_pb2.RouterShare]:
+        """Return the load by the router that sent it."""
+
+    def reservation_ids(self, router_id: str) -> Sequence[int]:
+        """Return the live reservations of one router."""
+
+    async def drain(self, timeout_s: float) -> tuple[int, int]:
+        """Take nothing new and end what runs within `timeout_s`; return (finished, cancelled)."""
+
+    async def aclose(self) -> None:
+        """End what still runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerParts:
+    """What a Work is made of; owned by its Worker."""
+
+    identity: WorkerIdentity
+    driver: EngineDriver
+    events: WorkerEvents
+    pins: LentPins
+    peers: Peers
+    channels: Channels
+    transport: Transport
+    models: tuple[str, ...]
+    waits: Waits
+
+
+class Worker:
+    """One worker."""
+
+    def __init__(
+        self,
+        *,
+        worker_id: WorkerId,
+        role: WorkerRole,
+        models: tuple[str, ...],
+        namespace: str,
+        engine: Engine,
+        transport: Transport,
+        discovery: Discovery,
+        waits: Waits,
+        build: Callable[[WorkerParts], Work],
+    ) -> None:
+        """Own `engine` and `transport` from now on; `build` makes the role's work."""
+        self.identity = WorkerIdentity(worker_id, new_epoch())
+        self._role = role
+        self._namespace = namespace
+        self._discovery = discovery
+        self._waits = waits
+        self._is_draining = False
+        self._registration: Registration | None = None
+        info = engine.info
+        driver = EngineDriver(engine, on_turn=self._on_turn, name=worker_id)
+        events = WorkerEvents(
+            worker_id=worker_id,
+            epoch=self.identity.epoch,
+            block_size=max(info.block_size, 1),
+            load_source=self._load_view,
+        )
+        channels = Channels()
+        self._parts = WorkerParts(
+            identity=self.identity,
+            driver=driver,
+            events=events,
+            pins=LentPins(driver, pin_ttl_s=waits.pin_s),
+            peers=Peers(discovery, namespace=namespace),
+            channels=channels,
+            transport=transport,
+            models=models,
+            waits=waits,
+        )
+        self._work = build(self._parts)
+        self._server = GrpcServer()
+        for service in (*self._work.services(), *self._own_services()):
+            self._server.add(*service)
+
+    async def start(self, host: str, port: int = 0) -> None:
+        """Listen, register, work. Raises: PortTakenError, or what discovery raises; nothing is left running then."""
+        parts = self._parts
+        bound = await self._server.start(host, port)
+        self.identity.address = f"{host}:{bound}"
+        parts.driver.start()
+        memory = await parts.driver.call(lambda engine: engine.kv_memory())
+        if memory is not None:
+            parts.transport.serve(self.identity.agent_name, memory)
+        parts.peers.start()
+        self._registration = await self._discovery.register(self._record())
+        self._work.start()
+        log.info("worker.started", worker_id=self.identity.worker_id, address=self.identity.address)
+
+    async def drain(self, timeout_s: float) -> tuple[int, int]:
+        """Take nothing new and end what runs within `timeout_s`; return (finished, cancelled). Idempotent."""
+        if not self._is_draining:
+            self._is_draining = True
+            self._server.health.drain()
+            log.info("worker.draining", worker_id=self.identity.worker_id, running=len(self._work))
+            if self._registration is not None:
+                await self._registration.update(self._record())
+        return await self._work.drain(timeout_s)
+
+    async def stop(self) -> None:
+        """Deregister, drain with the setting's bound, and close everything."""
+        if self._registration is not None:
+            await self._registration.stop()
+            self._registration = None
+        self._is_draining = True
+        self._server.health.drain()
+        await self._work.drain(self._waits.drain_s)
+        await self.aclose()
+        log.info("worker.stopped", worker_id=self.identity.worker_id)
+
+    async def aclose(self) -> None:
+        """Close everything at once; what runs fails."""
+        parts = self._parts
+        parts.events.close()
+        await self._work.aclose()
+        await self._server.drain_and_stop(_STREAMS_END_S)
+        await parts.peers.aclose()
+        parts.pins.close()
+        await parts.driver.aclose()
+        await asyncio.gather(parts.transport.aclose(), parts.channels.aclose())
+
+    async def describe(self) -> worker_control_pb2.GetInfoResponse:
+        """Return what the worker is and does."""
+        parts, info = self._parts, self._parts.driver.info
+        pool = await parts.driver.call(lambda engine: engine.pool_stats())
+        answer = worker_control_pb2.GetInfoResponse(
+            worker_id=self.identity.worker_id,
+            epoch=self.identity.epoch,
+            role=self._role.value,
+            models=parts.models,
+            engine=info.name,
+            used_blocks=pool.used_blocks,
+            total_blocks=info.total_blocks,
+            pins=pool.pins,
+            imports=pool.imports,
+            requests=len(self._work),
+            counters=self._work.counters,
+            draining=self._is_draining,
+            cached_blocks=pool.cached_blocks,
+        )
+        if info.layout is not None:
+            answer.layout.CopyFrom(layout_to_wire(info.layout))
+        return answer
+
+    def _own_services(self) -> tuple[Service, ...]:
+        return (
+            Service(
+                self._parts.events,
+                worker_events_pb2.DESCRIPTOR.services_by_name["WorkerEvents"],
+                worker_events_pb2_grpc.add_WorkerEventsServicer_to_server,
+            ),
+            Service(
+                WorkerControl(self, drain_s=self._waits.drain_s),
+                worker_control_pb2.DESCRIPTOR.services_by_name["WorkerControl"],
+                worker_control_pb2_grpc.add_WorkerControlServicer_to_server,
+            ),
+            Service(
+                KvTransfer(self.identity, self._parts.pins),
+                kv_transfer_pb2.DESCRIPTOR.services_by_name["KvTransfer"],
+                kv_transfer_pb2_grpc.add_KvTransferServicer_to_server,
+            ),
+        )
+
+    def _record(self) -> WorkerRecord:
+        info = self._parts.driver.info
+        record = WorkerRecord(
+            worker_id=self.identity.worker_id,
+            epoch=self.identity.epoch,
+            role=self._role,
+            models=self._parts.models,
+            namespace=self._namespace,
+            block_size=max(info.block_size, 1),
+            total_blocks=info.total_blocks,
+            max_requests=info.max_sequences,
+            accepts=frozenset(form.value for form in info.accepts),
+            address=self.identity.address,
+            metadata={"engine": info.name, "max_context_tokens": str(info.max_context_tokens)},
+        )
+        return replace(record, draining=True) if self._is_draining else record
+
+    def _load_view(self, router_id: str) -> LoadView:
+        return LoadView(
+            draining=self._is_draining,
+            ranks=(RankView(load=self._parts.driver.load, shares=self._work.shares()),),
+            reservation_ids=self._work.reservation_ids(router_id),
+        )
+
+    def _on_turn(self, kv_events: Sequence[Any]) -> None:
+        self._parts.events.publish_kv(kv_events)
+        self._parts.events.load_changed()

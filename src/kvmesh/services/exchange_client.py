@@ -1,0 +1,300 @@
+"""The processor's end of Exchange: one stream to a worker, many requests on it.
+
+Laws:
+    - one reader and one writer per exchange; gRPC forbids concurrent writes on a stream;
+    - a request's events reach its `WorkerStream` in order and stop at its end: finished, or an error;
+    - when the exchange breaks, every request on it fails with WORKER_LOST; nothing resumes, the next submit opens anew;
+    - a receiver that does not take what arrives is bounded: beyond MAX_BUFFERED_TOKENS its request is cancelled.
+"""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+
+from kvmesh import telemetry
+from kvmesh.core.errors import BackOffError, MeshError, OutOfTimeError, Reason, TryElsewhereError
+from kvmesh.core.waits import Waits
+from kvmesh.services.channels import Channels
+from kvmesh.services.owned_tasks import OwnedTasks
+from kvmesh.v1 import decode_worker_pb2, decode_worker_pb2_grpc, generation_pb2
+from kvmesh.wire.error_catalog import from_status
+
+log = telemetry.logger(__name__)
+
+MAX_BUFFERED_TOKENS = 1024
+_SWEEPS_PER_WAIT = 8
+_LONGEST_SWEEP_S = 1.0
+
+
+class WorkerStream:
+    """One request on an exchange. Wait for `changed`, clear it, then read what is new."""
+
+    __slots__ = (
+        "_exchange",
+        "_heard_at",
+        "accepted_sequence",
+        "changed",
+        "decision",
+        "error",
+        "finished",
+        "has_output",
+        "is_rejected",
+        "prompt_usage",
+        "stream_id",
+        "token_ids",
+        "words",
+    )
+
+    def __init__(self, exchange: "ExchangeClient", stream_id: int, *, now: float) -> None:
+        self.stream_id = stream_id
+        self.changed = asyncio.Event()
+        self.accepted_sequence: int | None = None
+        """The worker's load sequence when it took the request; None before."""
+        self.decision: generation_pb2.PrefillDecision | None = None
+        """The latest word on where the prefill runs."""
+        self.prompt_usage: generation_pb2.Usage | None = None
+        """Set once the prompt is computed."""
+        self.token_ids: list[int] = []
+        """Output that nobody has taken yet; `words` for workers that produce text."""
+        self.words: list[str] = []
+        self.has_output = False
+        """True from the first output on."""
+        self.finished: generation_pb2.Finished | None = None
+        self.error: MeshError | None = None
+        self.is_rejected = False
+        """With `error`: the worker never owned the request."""
+        self._exchange = exchange
+        self._heard_at = now
+
+    @property
+    def is_over(self) -> bool:
+        """Tell whether nothing more will arrive."""
+        return self.finished is not None or self.error is not None
+
+    def take_token_ids(self) -> list[int]:
+        """Return the tokens that arrived since the last call."""
+        taken, self.token_ids = self.token_ids, []
+        return taken
+
+    def take_words(self) -> list[str]:
+        """Return the words that arrived since the last call."""
+        taken, self.words = self.words, []
+        return taken
+
+    def cancel(self) -> None:
+        """Say that nobody wants the rest: the worker frees what the request holds. Idempotent."""
+        self._exchange.cancel(self.stream_id)
+
+    def fail(self, error: MeshError) -> None:
+        """End the request from this side: the receiver sees `error`, the worker is told. Idempotent."""
+        if not self.is_over:
+            self.error = error
+            self.changed.set()
+            self.cancel()
+
+    def heard(self, now: float) -> None:
+        """Note output, and bound what is not taken."""
+        self.has_output = True
+        self._heard_at = now
+        self.changed.set()
+        if len(self.token_ids) + len(self.words) > MAX_BUFFERED_TOKENS:
+            self.fail(BackOffError(Reason.SLOW_CONSUMER, f"{MAX_BUFFERED_TOKENS} tokens wait for the client"))
+
+    def expire(self, waits: Waits, now: float) -> None:
+        """Fail the request if its worker has been silent for too long."""
+        wait, bound_s = (
+            ("token_gap_s", waits.token_gap_s) if self.has_output else ("first_token_s", waits.first_token_s)
+        )
+        if now - self._heard_at > bound_s and not self.is_over:
+            telemetry.WAIT_ENDED.labels(wait=wait).inc()
+            self.fail(OutOfTimeError(Reason.WORKER_LOST, f"nothing from the worker for {bound_s:g} s ({wait})"))
+
+
+class ExchangeClient:
+    """One open exchange. Owned by its pool."""
+
+    def __init__(
+        self,
+        call: Any,  # grpc.aio.StreamStreamCall: its class is generic in the stubs only
+        *,
+        processor_id: str,
+        waits: Waits,
+        on_end: Callable[["ExchangeClient"], None],
+    ) -> None:
+        """Speak on `call` as `processor_id`; `on_end` is told once, when the exchange is of no more use."""
+        self._call = call
+        self._waits = waits
+        self._on_end = on_end
+        self._streams: dict[int, WorkerStream] = {}
+        self._last_id = 0
+        self._commands = [
+            decode_worker_pb2.ExchangeRequest(open=decode_worker_pb2.ExchangeOpen(processor_id=processor_id))
+        ]
+        self._ready = asyncio.Event()
+        self._ready.set()
+        self._is_over = False
+        self._tasks = OwnedTasks()
+        self._tasks.start(self._read(), name="exchange-read")
+        self._tasks.start(self._write(), name="exchange-write")
+        self._tasks.start(self._sweep(), name="exchange-sweep")
+
+    def submit(self, request: decode_worker_pb2.DecodeRequest) -> WorkerStream:
+        """Send a request. Raises: TryElsewhereError(WORKER_LOST) when the exchange has ended."""
+        if self._is_over:
+            raise TryElsewhereError(Reason.WORKER_LOST, "the exchange with this worker has ended")
+        self._last_id += 1
+        stream = WorkerStream(self, self._last_id, now=asyncio.get_running_loop().time())
+        self._streams[stream.stream_id] = stream
+        submit = decode_worker_pb2.ExchangeSubmit(stream_id=stream.stream_id, request=request)
+        self._post(decode_worker_pb2.ExchangeRequest(submit=submit))
+        return stream
+
+    def cancel(self, stream_id: int) -> None:
+        """Drop a request. Idempotent; nothing is sent for one that has ended."""
+        if self._streams.pop(stream_id, None) is not None and not self._is_over:
+            cancel = decode_worker_pb2.ExchangeCancel(stream_id=stream_id)
+            self._post(decode_worker_pb2.ExchangeRequest(cancel=cancel))
+
+    async def aclose(self) -> None:
+        """End the exchange: the worker cancels what still runs on it."""
+        self._end("the processor is closing")
+        await self._tasks.aclose()
+
+    def _post(self, command: decode_worker_pb2.ExchangeRequest) -> None:
+        self._commands.append(command)
+        self._ready.set()
+
+    async def _write(self) -> None:
+        try:
+            while True:
+                await self._ready.wait()
+                self._ready.clear()
+                commands, self._commands = self._commands, []
+                async with asyncio.timeout(self._waits.exchange_write_s):
+                    for command in commands:
+                        await self._call.write(command)
+        except TimeoutError:
+            telemetry.WAIT_ENDED.labels(wait="exchange_write_s").inc()
+            self._end("the worker does not read")
+        except (grpc.RpcError, asyncio.InvalidStateError) as exc:
+            self._end(f"the exchange broke: {exc!r}")
+
+    async def _read(self) -> None:
+        why = "the worker ended the exchange"
+        try:
+            while (frame := await self._call.read()) is not grpc.aio.EOF:
+                self._apply(frame)
+        except grpc.aio.AioRpcError as exc:
+            why = f"the exchange broke: {exc.code().name}: {exc.details()}"
+        finally:
+            self._end(why)
+
+    def _apply(self, frame: decode_worker_pb2.ExchangeResponse) -> None:
+        now = asyncio.get_running_loop().time()
+        streams = self._streams
+        for accepted in frame.accepted:
+            if (stream := streams.get(accepted.stream_id)) is not None:
+                stream.accepted_sequence = accepted.load_sequence
+                stream.changed.set()
+        for prefill in frame.prefills:
+            if (stream := streams.get(prefill.stream_id)) is not None:
+                if prefill.HasField("decision"):
+                    stream.decision = prefill.decision
+                else:
+                    stream.prompt_usage = prefill.usage
+                stream.changed.set()
+        if frame.stream_ids:
+            self._apply_output(frame, now)
+        for finished in frame.finished:
+            if (stream := streams.pop(finished.stream_id, None)) is not None:
+                stream.finished = finished.finished
+                stream.changed.set()
+        for failed in frame.failed:
+            if (stream := streams.pop(failed.stream_id, None)) is not None:
+                stream.error = from_status(failed.status)
+                stream.is_rejected = failed.rejected
+                stream.changed.set()
+
+    def _apply_output(self, frame: decode_worker_pb2.ExchangeResponse, now: float) -> None:
+        """Hand the columns out: requests with tokens come first, then those with words."""
+        token_ids, words = list(frame.token_ids), list(frame.words)
+        token_at = word_at = 0
+        for stream_id, count in zip(frame.stream_ids, frame.counts, strict=True):
+            stream = self._streams.get(stream_id)
+            if token_at < len(token_ids):
+                if stream is not None:
+                    stream.token_ids += token_ids[token_at : token_at + count]
+                token_at += count
+            else:
+                if stream is not None:
+                    stream.words += words[word_at : word_at + count]
+                word_at += count
+            if stream is not None:
+                stream.heard(now)
+
+    async def _sweep(self) -> None:
+        shortest_s = min(self._waits.first_token_s, self._waits.token_gap_s)
+        while True:
+            await asyncio.sleep(min(shortest_s / _SWEEPS_PER_WAIT, _LONGEST_SWEEP_S))
+            now = asyncio.get_running_loop().time()
+            for stream in list(self._streams.values()):
+                stream.expire(self._waits, now)
+
+    def _end(self, why: str) -> None:
+        if self._is_over:
+            return
+        self._is_over = True
+        self._on_end(self)
+        self._call.cancel()
+        self._tasks.cancel()
+        streams, self._streams = self._streams, {}
+        for stream in streams.values():
+            stream.fail(TryElsewhereError(Reason.WORKER_LOST, why))
+        if streams:
+            log.warning("exchange.lost", requests=len(streams), error=why)
+
+
+class ExchangePool:
+    """The exchanges of one processor, at most one per worker address, opened on first use."""
+
+    def __init__(self, *, processor_id: str, channels: Channels, waits: Waits) -> None:
+        """Open exchanges as `processor_id`, unique to this process: a second one would supersede the first."""
+        self._processor_id = processor_id
+        self._channels = channels
+        self._waits = waits
+        self._open: dict[str, ExchangeClient] = {}
+
+    async def get(self, address: str) -> ExchangeClient:
+        """Return the exchange with a worker. Raises: TryElsewhereError(WORKER_LOST) if it is not reached."""
+        exchange = self._open.get(address)
+        if exchange is not None:
+            return exchange
+        channel = self._channels.get(address)
+        try:
+            async with asyncio.timeout(self._waits.connect_s):
+                await channel.channel_ready()
+        except TimeoutError as exc:
+            telemetry.WAIT_ENDED.labels(wait="connect_s").inc()
+            raise TryElsewhereError(
+                Reason.WORKER_LOST, f"{address} not reached within {self._waits.connect_s:g} s"
+            ) from exc
+        exchange = self._open.get(address)  # another request may have opened it meanwhile
+        if exchange is None:
+            exchange = self._open[address] = ExchangeClient(
+                decode_worker_pb2_grpc.DecodeWorkerStub(channel).Exchange(),
+                processor_id=self._processor_id,
+                waits=self._waits,
+                on_end=lambda ended: self._forget(address, ended),
+            )
+        return exchange
+
+    async def aclose(self) -> None:
+        """End every exchange."""
+        for exchange in list(self._open.values()):
+            await exchange.aclose()
+
+    def _forget(self, address: str, ended: ExchangeClient) -> None:
+        if self._open.get(address) is ended:
+            del self._open[address]

@@ -1,0 +1,104 @@
+"""From a client's prompt to what is routed and sent: template, tokens, block hashes. Everything here is done once."""
+
+import asyncio
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+
+from kvmesh.core.errors import FixRequestError, Reason
+from kvmesh.core.hashing import text_tokens
+from kvmesh.core.roster import WorkerRecord
+from kvmesh.tokenizing.tokenizer import Tokenizer
+from kvmesh.v1 import generation_pb2
+from kvmesh.wire.validation import invalid
+
+TOKENS, TEXT = "tokens", "text"
+"""Prompt forms, as worker records name them."""
+_OFF_LOOP_CHARS = 4096
+"""Texts longer than this are tokenised in a thread: the loop would stand still for milliseconds."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PreparedPrompt:
+    """A prompt in every form its model's workers read."""
+
+    text: str | None
+    """None for a prompt that came as tokens and has no tokenizer."""
+    token_ids: npt.NDArray[np.uint32] | None
+    """Shape (prompt_tokens,); None for workers that accept TEXT alone."""
+    identity: npt.NDArray[np.uint32]
+    """What block hashes are made of: the tokens, or the UTF-8 bytes where there are none."""
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt; UTF-8 bytes for workers that accept TEXT."""
+        return len(self.identity)
+
+
+async def prepare_prompt(
+    prompt: generation_pb2.Prompt, *, tokenizer: Tokenizer | None, accepts: frozenset[str]
+) -> PreparedPrompt:
+    """Render and tokenise as the workers need it; `accepts`: the forms they read, together.
+
+    Raises: FixRequestError(INVALID_FIELD or EMPTY_PROMPT) naming the field.
+    """
+    if prompt.WhichOneof("input") == "token_ids":
+        return _from_tokens(np.array(prompt.token_ids.token_ids, dtype=np.uint32), tokenizer, accepts)
+    text = _render(prompt.messages, tokenizer) if prompt.WhichOneof("input") == "messages" else prompt.text
+    if not text:
+        raise FixRequestError(Reason.EMPTY_PROMPT, "the messages hold no text", field="prompt.messages")
+    if tokenizer is None or TOKENS not in accepts:
+        if TEXT not in accepts:
+            raise invalid("prompt", "no tokenizer is configured for this model: send prompt.token_ids")
+        return PreparedPrompt(text, None, text_tokens(text))
+    # A chat template writes the special tokens itself.
+    encode = partial(tokenizer.encode, add_special_tokens=prompt.WhichOneof("input") != "messages")
+    token_ids = await asyncio.to_thread(encode, text) if len(text) > _OFF_LOOP_CHARS else encode(text)
+    if not len(token_ids):
+        raise FixRequestError(Reason.EMPTY_PROMPT, "the prompt has no tokens", field="prompt")
+    return PreparedPrompt(text, token_ids, token_ids)
+
+
+def accepted_forms(records: Iterable[WorkerRecord]) -> frozenset[str]:
+    """Return every prompt form that any of these workers reads."""
+    return frozenset[str]().union(*(record.accepts for record in records))
+
+
+def fill_input(prepared: PreparedPrompt, accepts: frozenset[str]) -> Mapping[str, str | generation_pb2.TokenIds]:
+    """Return the input field of a DecodeRequest in a form that one worker reads: tokens where it reads both.
+
+    Raises: FixRequestError(INVALID_FIELD) if there is none.
+    """
+    if TOKENS in accepts and prepared.token_ids is not None:
+        return {"token_ids": generation_pb2.TokenIds(token_ids=prepared.token_ids.tolist())}
+    if TEXT in accepts and prepared.text is not None:
+        return {"text": prepared.text}
+    raise invalid("prompt", "this model's workers read text: send prompt.text or prompt.messages")
+
+
+def _from_tokens(
+    token_ids: npt.NDArray[np.uint32], tokenizer: Tokenizer | None, accepts: frozenset[str]
+) -> PreparedPrompt:
+    text = None
+    if TEXT in accepts:
+        if tokenizer is None and TOKENS not in accepts:
+            raise invalid("prompt.token_ids", "this model's workers read text: send prompt.text or prompt.messages")
+        text = _decode(token_ids, tokenizer) if tokenizer is not None else None
+    return PreparedPrompt(text, token_ids, token_ids if TOKENS in accepts else text_tokens(text or ""))
+
+
+def _decode(token_ids: npt.NDArray[np.uint32], tokenizer: Tokenizer) -> str:
+    detokenizer = tokenizer.detokenizer()
+    return "".join(detokenizer.push(token_ids.tolist())) + detokenizer.flush()
+
+
+def _render(messages: generation_pb2.ChatMessages, tokenizer: Tokenizer | None) -> str:
+    """Render with the model's template; without one, a lone message is its content, several are one per line."""
+    if tokenizer is not None:
+        return tokenizer.render_chat([(message.role, message.content) for message in messages.messages])
+    if len(messages.messages) == 1:
+        return messages.messages[0].content
+    return "\n".join(f"{message.role}: {message.content}" for message in messages.messages)

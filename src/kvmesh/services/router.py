@@ -1,0 +1,140 @@
+"""Router: the gRPC service in front of a LocalRouter."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
+
+from kvmesh.core.candidates import RoutingQuery, Selection
+from kvmesh.core.errors import NotServedError, Reason, TryElsewhereError
+from kvmesh.services.local_router import LocalRouter
+from kvmesh.v1 import router_pb2, router_pb2_grpc
+from kvmesh.wire import routing, routing_answers
+from kvmesh.wire.validation import seconds
+
+if TYPE_CHECKING:
+    from kvmesh.v1.router_pb2_grpc import _ServicerContext as Context
+
+_DEFAULT_INTERVAL_S = 1.0
+_MIN_INTERVAL_S = 0.1
+
+
+class Router(router_pb2_grpc.RouterServicer):
+    """Serves one router to other processes."""
+
+    def __init__(self, router: LocalRouter, *, route_wait_s: float) -> None:
+        """Serve `router`; Reserve waits up to `route_wait_s` for a worker where there is none."""
+        self._router = router
+        self._route_wait_s = route_wait_s
+        self._closing = asyncio.Event()
+
+    def close(self) -> None:
+        """End every watch, so that the server can stop. Idempotent."""
+        self._closing.set()
+
+    async def Select(self, request: router_pb2.SelectRequest, context: "Context") -> router_pb2.SelectResponse:
+        """See the contract."""
+        selection = self._router.select(self._query(request.query))
+        return router_pb2.SelectResponse(worker=self._selected(selection))
+
+    async def Reserve(self, request: router_pb2.ReserveRequest, context: "Context") -> router_pb2.ReserveResponse:
+        """See the contract."""
+        key = routing.key_from_proto(request.request_id, request.attempt)
+        reservation = await self._router.reserve(key, self._query(request.query), wait_s=self._route_wait_s)
+        response = router_pb2.ReserveResponse(
+            worker=self._selected(reservation.selection),
+            router_id=self._router.router_id,
+            reservation_id=reservation.reservation_id,
+        )
+        if request.explain:
+            response.explanation.CopyFrom(self._explanation(self._router.explain_booked(reservation)))
+        return response
+
+    async def ReportProgress(
+        self, request: router_pb2.ReportProgressRequest, context: "Context"
+    ) -> router_pb2.ReportProgressResponse:
+        """See the contract."""
+        progress = [
+            routing.progress_from_proto(line, path=f"progress[{index}].") for index, line in enumerate(request.progress)
+        ]
+        unknown = self._router.report_progress(progress)
+        return router_pb2.ReportProgressResponse(
+            unknown=[router_pb2.ReservationKey(request_id=key.request_id, attempt=key.attempt) for key in unknown]
+        )
+
+    async def Release(
+        self, request: router_pb2.RouterReleaseRequest, context: "Context"
+    ) -> router_pb2.RouterReleaseResponse:
+        """See the contract."""
+        self._router.release(routing.key_from_proto(request.key.request_id, request.key.attempt, path="key."))
+        return router_pb2.RouterReleaseResponse()
+
+    async def Explain(self, request: router_pb2.ExplainRequest, context: "Context") -> router_pb2.ExplainResponse:
+        """See the contract."""
+        selection = self._router.explain(self._query(request.query))
+        return router_pb2.ExplainResponse(explanation=self._explanation(selection))
+
+    async def ListWorkers(
+        self, request: router_pb2.ListWorkersRequest, context: "Context"
+    ) -> router_pb2.ListWorkersResponse:
+        """See the contract."""
+        return router_pb2.ListWorkersResponse(workers=self._workers())
+
+    async def GetPotentialLoads(
+        self, request: router_pb2.GetPotentialLoadsRequest, context: "Context"
+    ) -> router_pb2.GetPotentialLoadsResponse:
+        """See the contract."""
+        loads = self._router.potential_loads(self._query(request.query))
+        return router_pb2.GetPotentialLoadsResponse(
+            loads=[routing_answers.potential_load_to_proto(load) for load in loads]
+        )
+
+    async def GetOverlaps(
+        self, request: router_pb2.GetOverlapsRequest, context: "Context"
+    ) -> router_pb2.GetOverlapsResponse:
+        """See the contract."""
+        overlaps = self._router.overlaps(self._query(request.query))
+        response = router_pb2.GetOverlapsResponse()
+        for worker, blocks in sorted(overlaps.items()):
+            record = self._router.find(worker.worker_id)
+            if blocks and record is not None:
+                response.overlaps.add(
+                    worker_id=worker.worker_id, rank=worker.rank, blocks=blocks, block_size=record.block_size
+                )
+        return response
+
+    async def WatchMetrics(
+        self, request: router_pb2.WatchMetricsRequest, context: "Context"
+    ) -> AsyncIterator[router_pb2.WatchMetricsResponse]:
+        """See the contract."""
+        interval_s = _DEFAULT_INTERVAL_S
+        if request.HasField("interval"):
+            interval_s = seconds(request.interval, path="interval", low=_MIN_INTERVAL_S)
+        while not self._closing.is_set():
+            yield router_pb2.WatchMetricsResponse(workers=self._workers())
+            try:
+                async with asyncio.timeout(interval_s):
+                    await self._closing.wait()
+            except TimeoutError:
+                continue
+
+    def DumpIndex(
+        self, request: router_pb2.DumpIndexRequest, context: "Context"
+    ) -> AsyncIterator[router_pb2.DumpIndexResponse]:
+        """See the contract; not served yet."""
+        raise NotServedError(Reason.UNIMPLEMENTED, "")
+
+    def _query(self, query: router_pb2.RoutingQuery) -> RoutingQuery:
+        return routing.query_from_proto(query, block_sizes=self._router.block_sizes(query.model))
+
+    def _selected(self, selection: Selection) -> router_pb2.SelectedWorker:
+        record = self._router.find(selection.worker.worker_id)
+        if record is None or record.epoch != selection.epoch:
+            raise TryElsewhereError(Reason.WORKER_LOST, f"{selection.worker.worker_id} has just gone")
+        return routing_answers.selected_worker_to_proto(selection, record)
+
+    def _explanation(self, selection: Selection) -> router_pb2.Explanation:
+        unreported = {worker.worker for worker in self._router.workers() if worker.report is None}
+        return routing_answers.explanation_to_proto(selection, unreported=unreported)
+
+    def _workers(self) -> list[router_pb2.RouterWorker]:
+        return [routing_answers.router_worker_to_proto(worker) for worker in self._router.workers()]

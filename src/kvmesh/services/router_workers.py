@@ -1,0 +1,215 @@
+"""The workers that a router follows: discovery says who is there, each worker itself says how it is.
+
+    unknown -- Put --> followed -- Deleted, graceful --> gone
+                       followed -- Deleted otherwise, or missing in a new snapshot --> suspect
+                       suspect -- Put --> followed
+                       suspect -- its health is not SERVING, or no answer --> gone
+                       any -- Put of a higher epoch --> followed anew: nothing of the old incarnation counts
+
+So neither an outage of the store nor a storm of deletions empties the router.
+"""
+
+import asyncio
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from kvmesh import telemetry
+from kvmesh.core.ids import RouterId, WorkerId
+from kvmesh.core.roster import RosterOutcome, WorkerRecord, WorkerRole
+from kvmesh.core.routing import RoutingCore
+from kvmesh.core.worker_views import WorkerChange
+from kvmesh.discovery.discovery import Deleted, Discovery, DiscoveryEvent, Put, Snapshot
+from kvmesh.services.channels import Channels
+from kvmesh.services.owned_tasks import OwnedTasks
+from kvmesh.services.router_subscriptions import WorkerSubscription, min_interval_s
+from kvmesh.services.signal import Signal
+
+log = telemetry.logger(__name__)
+
+_HEALTH_TIMEOUT_S = 2.0
+_HEALTH_INTERVAL_S = 2.0
+"""Between two looks at a suspect."""
+
+
+@dataclass(slots=True, eq=False)
+class _Member:
+    """One followed incarnation."""
+
+    record: WorkerRecord
+    """As discovery has it."""
+    is_draining: bool = False
+    """As it says itself, which is sooner."""
+    streams: list[asyncio.Task[None]] = field(default_factory=list)
+    suspicion: asyncio.Task[None] | None = None
+
+    @property
+    def effective_record(self) -> WorkerRecord:
+        return replace(self.record, draining=True) if self.is_draining else self.record
+
+    def is_followed_like(self, record: WorkerRecord) -> bool:
+        """Tell whether the streams of this member are those that `record` asks for."""
+        mine = self.record
+        return (mine.epoch, mine.address, mine.ranks, mine.block_size) == (
+            record.epoch, record.address, record.ranks, record.block_size,
+        )  # fmt: skip
+
+
+class RouterWorkers:
+    """Follows one namespace into the router's mind: decode and prefill workers, never the queue."""
+
+    def __init__(self, core: RoutingCore, *, discovery: Discovery, namespace: str, router_id: RouterId) -> None:
+        """Follow from `start` on."""
+        self.roster_changed = Signal()
+        """Somebody came, went, or changed its record."""
+        self.news = Signal()
+        """The same, or a worker said something."""
+        self._core = core
+        self._discovery = discovery
+        self._namespace = namespace
+        self._router_id = router_id
+        self._members: dict[WorkerId, _Member] = {}
+        self._channels = Channels()
+        self._tasks = OwnedTasks()
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def start(self) -> None:
+        """Begin to follow."""
+        self._tasks.start(self._follow(), name="router-workers")
+
+    async def aclose(self) -> None:
+        """Stop following; what is known stays."""
+        await self._tasks.aclose()
+        await self._channels.aclose()
+
+    async def _follow(self) -> None:
+        async with aclosing(self._discovery.watch(self._namespace)) as events:
+            async for event in events:
+                self._apply(event)
+                self._roster_changed()
+
+    def _apply(self, event: DiscoveryEvent) -> None:
+        match event:
+            case Snapshot(records):
+                for record in records:
+                    self._put(record)
+                for worker_id in self._members.keys() - {record.worker_id for record in records}:
+                    self._suspect(self._members[worker_id])
+            case Put(record):
+                self._put(record)
+            case Deleted(worker_id, epoch, graceful):
+                member = self._members.get(worker_id)
+                if member is None or member.record.epoch != epoch:
+                    return
+                if graceful:
+                    self._remove(member)
+                else:
+                    self._suspect(member)
+
+    def _put(self, record: WorkerRecord) -> None:
+        if record.role is WorkerRole.QUEUE:
+            return
+        member = self._members.get(record.worker_id)
+        if member is not None and member.record.epoch > record.epoch:
+            log.info("worker.stale_epoch", worker_id=record.worker_id, epoch=record.epoch)
+            return
+        if member is not None and not member.is_followed_like(record):
+            self._unfollow(member)
+            member = None
+        if member is None:
+            member = self._members[record.worker_id] = _Member(record)
+            self._subscribe(member)
+        member.record = record
+        self._trust(member)
+        self._put_in_core(member)
+
+    def _put_in_core(self, member: _Member) -> None:
+        now = asyncio.get_running_loop().time()
+        change = self._core.put_worker(member.effective_record, now=now)
+        if change.outcome is not RosterOutcome.UPDATED:
+            record = member.record
+            log.info("worker.followed", worker_id=record.worker_id, epoch=record.epoch, outcome=change.outcome.value)
+        _log_fault(change)
+
+    def _remove(self, member: _Member) -> None:
+        record = member.record
+        del self._members[record.worker_id]
+        self._unfollow(member)
+        now = asyncio.get_running_loop().time()
+        _log_fault(self._core.remove_worker(record.worker_id, record.epoch, now=now))
+        log.info("worker.removed", worker_id=record.worker_id, epoch=record.epoch)
+        self._roster_changed()
+
+    def _subscribe(self, member: _Member) -> None:
+        record = member.record
+
+        def note_draining(is_draining: bool) -> None:
+            if member.is_draining != is_draining:
+                member.is_draining = is_draining
+                self._put_in_core(member)
+                self._roster_changed()
+
+        subscription = WorkerSubscription(
+            record,
+            core=self._core,
+            channel=self._channels.get(record.address),
+            router_id=self._router_id,
+            interval_s=lambda: min_interval_s(len(self._members)),
+            on_draining=note_draining,
+            on_news=self.news.fire,
+        )
+        name = f"follow-{record.worker_id}"
+        member.streams = [self._tasks.start(stream, name=name) for stream in subscription.streams()]
+
+    def _unfollow(self, member: _Member) -> None:
+        """End what runs for a member. Its channel goes last: a call sees the end of its channel as a cancellation."""
+        for stream in member.streams:
+            stream.cancel()
+        self._trust(member)
+        self._tasks.start(self._drop_channel(member), name=f"unfollow-{member.record.worker_id}")
+
+    async def _drop_channel(self, member: _Member) -> None:
+        await asyncio.wait(member.streams)
+        address = member.record.address
+        if all(other.record.address != address for other in self._members.values()):
+            await self._channels.drop(address)
+
+    def _suspect(self, member: _Member) -> None:
+        if member.suspicion is None:
+            log.warning("worker.suspect", worker_id=member.record.worker_id, epoch=member.record.epoch)
+            member.suspicion = self._tasks.start(self._watch_suspect(member), name=f"suspect-{member.record.worker_id}")
+
+    def _trust(self, member: _Member) -> None:
+        suspicion, member.suspicion = member.suspicion, None
+        if suspicion is not None and suspicion is not asyncio.current_task():
+            suspicion.cancel()
+
+    async def _watch_suspect(self, member: _Member) -> None:
+        """Keep a suspect while it answers that it serves."""
+        while True:
+            if not await self._is_serving(member.record.address):
+                self._remove(member)
+                return
+            await asyncio.sleep(_HEALTH_INTERVAL_S)
+
+    async def _is_serving(self, address: str) -> bool:
+        stub: Any = health_pb2_grpc.HealthStub(self._channels.get(address))
+        try:
+            answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=_HEALTH_TIMEOUT_S)
+        except grpc.aio.AioRpcError:
+            return False
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+    def _roster_changed(self) -> None:
+        self.roster_changed.fire()
+        self.news.fire()
+
+
+def _log_fault(change: WorkerChange) -> None:
+    if change.policy_fault:
+        log.warning("policy.failed", fault=change.policy_fault)

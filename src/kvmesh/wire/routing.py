@@ -1,0 +1,138 @@
+"""What routers are asked: protobuf -> core. What they answer is in `kvmesh.wire.routing_answers`."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvmesh.core.candidates import CostOverrides, RoutingHints, RoutingQuery
+from kvmesh.core.errors import FixRequestError, Reason
+from kvmesh.core.hashing import local_block_hashes, sequence_hashes, text_tokens
+from kvmesh.core.ids import AttemptKey, RequestId, SequenceHash, WorkerId
+from kvmesh.v1 import generation_pb2, router_pb2
+from kvmesh.wire.validation import check_hints, invalid
+
+DEFAULT_PRIORITY = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How one reservation went on since the report before."""
+
+    key: AttemptKey
+    accepted_load_sequence: int | None = None
+    """The worker's, from its acknowledgement; None = nothing new."""
+    prefill_complete: bool = False
+    output_blocks: int = 0
+    """Blocks of output since the last report."""
+
+
+def query_from_proto(
+    query: router_pb2.RoutingQuery, *, block_sizes: Collection[int], path: str = "query"
+) -> RoutingQuery:
+    """Return the core's form of a query, the prompt hashed for each of `block_sizes`, those of the model's workers.
+
+    Raises: FixRequestError(EMPTY_PROMPT or INVALID_FIELD) naming the field under `path`.
+    """
+    if not query.model:
+        raise invalid(f"{path}.model", "required")
+    check_hints(query.hints, path=f"{path}.hints")
+    prompt_tokens, block_hashes = _prompt(query, block_sizes, path)
+    return RoutingQuery(
+        model=query.model,
+        prompt_tokens=prompt_tokens,
+        block_hashes=block_hashes,
+        prompt_text=query.prompt_text or query.text or None,
+        lora=query.hints.lora or None,
+        cache_namespace=query.hints.cache_namespace or None,
+        hints=hints_from_proto(query.hints),
+        expected_output_tokens=query.expected_output_tokens or None,
+    )
+
+
+def block_hashes_by_size(
+    tokens: NDArray[np.uint32], block_sizes: Collection[int], hints: generation_pb2.RoutingHints
+) -> dict[int, tuple[SequenceHash, ...]]:
+    """Hash a prompt's full blocks for each block size; `hints` name the LoRA and the cache namespace."""
+    return {
+        size: sequence_hashes(local_block_hashes(tokens, size, lora=hints.lora, cache_namespace=hints.cache_namespace))
+        for size in block_sizes
+    }
+
+
+def hints_from_proto(hints: generation_pb2.RoutingHints) -> RoutingHints:
+    """Return the core's form of hints that `check_hints` has passed."""
+    cost = hints.cost
+    return RoutingHints(
+        pinned_worker=WorkerId(hints.pinned_worker_id) if hints.pinned_worker_id else None,
+        allowed_workers=frozenset(map(WorkerId, hints.allowed_worker_ids)),
+        excluded_workers=frozenset(map(WorkerId, hints.excluded_worker_ids)),
+        required_labels=dict(hints.required_labels),
+        preferred_labels=dict(hints.preferred_labels),
+        session_id=hints.session_id or None,
+        priority=hints.priority if hints.HasField("priority") else DEFAULT_PRIORITY,
+        overrides=CostOverrides(
+            overlap_credit=cost.overlap_credit if cost.HasField("overlap_credit") else None,
+            prefill_scale=cost.prefill_scale if cost.HasField("prefill_scale") else None,
+            request_weight=cost.request_weight if cost.HasField("request_weight") else None,
+            temperature=cost.temperature if cost.HasField("temperature") else None,
+        ),
+    )
+
+
+def key_from_proto(request_id: str, attempt: int, *, path: str = "") -> AttemptKey:
+    """Return the key of a reservation. Raises: FixRequestError(INVALID_FIELD) naming the field under `path`."""
+    if not request_id:
+        raise invalid(f"{path}request_id", "required")
+    if attempt < 1:
+        raise invalid(f"{path}attempt", "0 is out of range: 1 or more")
+    return AttemptKey(RequestId(request_id), attempt)
+
+
+def progress_from_proto(progress: router_pb2.ReservationProgress, *, path: str) -> Progress:
+    """Return the core's form of one line of a report. Raises: as `key_from_proto`."""
+    has_sequence = progress.HasField("accepted_load_sequence")
+    return Progress(
+        key=key_from_proto(progress.request_id, progress.attempt, path=path),
+        accepted_load_sequence=progress.accepted_load_sequence if has_sequence else None,
+        prefill_complete=progress.prefill_complete,
+        output_blocks=progress.output_blocks,
+    )
+
+
+def _prompt(
+    query: router_pb2.RoutingQuery, block_sizes: Collection[int], path: str
+) -> tuple[int, dict[int, tuple[SequenceHash, ...]]]:
+    """Return the prompt's tokens, counted, and its hashes by block size."""
+    match query.WhichOneof("input"):
+        case "token_ids":
+            tokens = np.array(query.token_ids.token_ids, dtype=np.uint32)
+        case "text":
+            tokens = text_tokens(query.text)
+        case "block_hashes":
+            return query.prompt_tokens, _given_hashes(query, block_sizes, path)
+        case _:
+            raise invalid(path, "set one of token_ids, block_hashes, text")
+    if not len(tokens):
+        raise FixRequestError(Reason.EMPTY_PROMPT, "", field=f"{path}.{query.WhichOneof('input')}")
+    return len(tokens), block_hashes_by_size(tokens, block_sizes, query.hints)
+
+
+def _given_hashes(
+    query: router_pb2.RoutingQuery, block_sizes: Collection[int], path: str
+) -> dict[int, tuple[SequenceHash, ...]]:
+    size, hashes = query.block_hashes.block_size, query.block_hashes.sequence_hashes
+    if not query.prompt_tokens:
+        raise invalid(f"{path}.prompt_tokens", "required with block_hashes")
+    if size < 1:
+        raise invalid(f"{path}.block_hashes.block_size", "0 is out of range: 1 or more")
+    if block_sizes and size not in block_sizes:  # with no worker alive, that is the trouble to be told of
+        known = ", ".join(map(str, sorted(block_sizes)))
+        raise invalid(f"{path}.block_hashes.block_size", f"{size} is no live worker's, which are {known}")
+    if len(hashes) > query.prompt_tokens // size:
+        raise invalid(
+            f"{path}.block_hashes.sequence_hashes",
+            f"{len(hashes)} are too many: {query.prompt_tokens} tokens fill {query.prompt_tokens // size} blocks",
+        )
+    return {size: tuple(map(SequenceHash, hashes))}

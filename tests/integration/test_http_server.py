@@ -1,0 +1,129 @@
+"""The HTTP server as a part of a process: its port, and its end."""
+
+import asyncio
+import signal
+from collections.abc import AsyncGenerator
+
+import httpx
+import pytest
+
+from kvmesh.core.errors import Reason
+from kvmesh.gateway.app import create_app
+from kvmesh.gateway.server import HttpServer
+from kvmesh.services.channels import PortTakenError
+from kvmesh.v1 import frontend_pb2, generation_pb2
+from kvmesh.wire.generation import Delta, Event
+
+HELLO = {"messages": [{"role": "user", "content": "x"}], "stream": True}
+
+
+class HeldGenerator:
+    """Yields one token, then waits to be released."""
+
+    def __init__(self) -> None:
+        self.released = asyncio.Event()
+        self.closed = asyncio.Event()
+
+    async def generate(
+        self, request: frontend_pb2.GenerateRequest, *, timeout_s: float | None = None, request_id: str | None = None
+    ) -> AsyncGenerator[Event, None]:
+        try:
+            yield frontend_pb2.Started(request_id=request_id or "")
+            yield Delta(["one"], [1])
+            await self.released.wait()
+            yield generation_pb2.Finished(reason=generation_pb2.FINISH_REASON_STOP)
+        finally:
+            self.closed.set()
+
+    def models(self) -> frontend_pb2.ListModelsResponse:
+        return frontend_pb2.ListModelsResponse()
+
+
+def server_of(generator: HeldGenerator, *, port: int = 0) -> HttpServer:
+    app = create_app(services=[], generator=generator, unready_reason=lambda: None)
+    return HttpServer(app, host="127.0.0.1", port=port)
+
+
+async def test_a_taken_port_says_what_to_do() -> None:
+    first = server_of(HeldGenerator())
+    await first.start()
+    second = server_of(HeldGenerator(), port=first.port)
+
+    with pytest.raises(PortTakenError, match="--http-port"):
+        await second.start()
+
+    await second.stop(0)
+    await first.stop(0)
+
+
+async def test_the_signal_handlers_of_the_process_stay_its_own() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    server = server_of(HeldGenerator())
+
+    await server.start()
+    during = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    await server.stop(0)
+
+    assert during == before
+
+
+async def test_the_address_is_known_once_bound_only() -> None:
+    server = server_of(HeldGenerator())
+
+    with pytest.raises(RuntimeError, match="not been started"):
+        _ = server.address
+    await server.start()
+
+    assert server.address == f"127.0.0.1:{server.port}"
+    assert server.port > 0
+    await server.stop(0)
+
+
+async def test_a_stream_that_ends_within_the_grace_ends_well() -> None:
+    generator = HeldGenerator()
+    server = server_of(generator)
+    await server.start()
+
+    async with (
+        httpx.AsyncClient(base_url=f"http://{server.address}", trust_env=False) as client,
+        client.stream("POST", "/v1/chat/completions", json=HELLO) as response,
+    ):
+        lines = response.aiter_lines()
+        first = await anext(lines)
+        stopping = asyncio.create_task(server.stop(30))
+        generator.released.set()
+        rest = [line async for line in lines if line]
+        await stopping
+
+    assert first.startswith("data: ")
+    assert rest[-1] == "data: [DONE]"
+
+
+async def test_a_stream_that_outlasts_the_grace_is_ended_with_draining() -> None:
+    generator = HeldGenerator()
+    server = server_of(generator)
+    await server.start()
+
+    async with (
+        httpx.AsyncClient(base_url=f"http://{server.address}", trust_env=False) as client,
+        client.stream("POST", "/v1/chat/completions", json=HELLO) as response,
+    ):
+        lines = response.aiter_lines()
+        await anext(lines)
+        stopping = asyncio.create_task(server.stop(0))
+        rest = [line async for line in lines if line]
+        await stopping
+
+    assert Reason.DRAINING.value.lower() in rest[-1]
+    assert generator.closed.is_set()
+
+
+async def test_nothing_is_answered_after_the_stop() -> None:
+    server = server_of(HeldGenerator())
+    await server.start()
+    await server.stop(0)
+    await server.stop(0)
+
+    async with httpx.AsyncClient(trust_env=False) as client:
+        with pytest.raises(httpx.ConnectError):
+            await client.get(f"http://{server.address}/healthz")

@@ -1,0 +1,80 @@
+"""JSON into messages: what is refused, and where it says the fault is."""
+
+import time
+
+import pytest
+
+from kvmesh.core.errors import FixRequestError
+from kvmesh.gateway.json_messages import load_json, merge_json, to_dict
+from kvmesh.v1 import frontend_pb2, generation_pb2
+
+
+@pytest.mark.parametrize(
+    ("text", "field"),
+    [
+        (b'{"promt": {}}', "promt"),
+        (b'{"prompt": {"texx": 1}}', "prompt.texx"),
+        (b'{"prompt": {"messages": {"messages": [{"role": "a"}, {"rol": 3}]}}}', "prompt.messages.messages[1].rol"),
+        (b'{"prompt": {"token_ids": {"token_ids": [1, 2, "b", 4]}}}', "prompt.token_ids.token_ids[2]"),
+        (b'{"prompt": {"tokenIds": {"tokenIds": [1, null]}}}', "prompt.tokenIds.tokenIds[1]"),
+        (b'{"prompt": {"text": "a", "token_ids": {}}}', "prompt"),
+        (b'{"sampling": {"max_tokens": -1}}', "sampling.max_tokens"),
+        (b'{"sampling": 3}', "sampling"),
+        (b'{"sampling": {"stop": "x"}}', "sampling.stop"),
+        (b'{"sampling": {"stop": ["x", 3]}}', "sampling.stop[1]"),
+        (b'{"routing": {"required_labels": {"zone": "a", "rack": 1}}}', "routing.required_labels[rack]"),
+        (b'{"routing": {"required_labels": []}}', "routing.required_labels"),
+        (b'{"explain": "yes"}', "explain"),
+    ],
+)
+def test_a_field_that_does_not_parse_is_named_by_its_path(text: bytes, field: str) -> None:
+    with pytest.raises(FixRequestError) as refused:
+        merge_json(load_json(text), frontend_pb2.GenerateRequest())
+
+    assert refused.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("text", "position"),
+    [(b'{"prompt":', "line 1 column 11"), (b'{\n  "a": nope}', "line 2 column 8"), (b"", "line 1 column 1")],
+)
+def test_malformed_json_is_refused_with_its_position(text: bytes, position: str) -> None:
+    with pytest.raises(FixRequestError, match=position):
+        load_json(text)
+
+
+@pytest.mark.parametrize("value", [[], "text", 3, None])
+def test_a_body_that_is_no_object_is_refused(value: object) -> None:
+    with pytest.raises(FixRequestError, match="JSON object"):
+        merge_json(value, frontend_pb2.GenerateRequest())
+
+
+def test_the_bad_item_of_a_long_list_is_found_without_parsing_each() -> None:
+    tokens: list[object] = list(range(200_000))
+    tokens[123_456] = "x"
+    began = time.perf_counter()
+
+    with pytest.raises(FixRequestError) as refused:
+        merge_json({"prompt": {"token_ids": {"token_ids": tokens}}}, frontend_pb2.GenerateRequest())
+
+    assert refused.value.field == "prompt.token_ids.token_ids[123456]"
+    assert time.perf_counter() - began < 20
+
+
+def test_messages_are_told_with_proto_names_and_defaults() -> None:
+    finished = generation_pb2.Finished(
+        reason=generation_pb2.FINISH_REASON_STOP, usage=generation_pb2.Usage(prompt_tokens=3, kv_bytes_moved=2**40)
+    )
+
+    assert to_dict(frontend_pb2.GenerateResponse(finished=finished)) == {
+        "finished": {
+            "reason": "FINISH_REASON_STOP",
+            "usage": {
+                "prompt_tokens": 3,
+                "completion_tokens": 0,
+                "cached_tokens": 0,
+                "remote_prefill_tokens": 0,
+                "kv_bytes_moved": str(2**40),
+            },
+        }
+    }
