@@ -5,9 +5,11 @@ import signal
 from collections.abc import AsyncGenerator
 
 import httpx
+import orjson
 import pytest
 
 from kvmesh.core.errors import Reason
+from kvmesh.gateway import request_io
 from kvmesh.gateway.app import create_app
 from kvmesh.gateway.server import HttpServer
 from kvmesh.services.channels import PortTakenError
@@ -116,6 +118,38 @@ async def test_a_stream_that_outlasts_the_grace_is_ended_with_draining() -> None
 
     assert Reason.DRAINING.value.lower() in rest[-1]
     assert generator.closed.is_set()
+
+
+class EndlessGenerator(HeldGenerator):
+    """Yields as long as somebody asks."""
+
+    async def generate(
+        self, request: frontend_pb2.GenerateRequest, *, timeout_s: float | None = None, request_id: str | None = None
+    ) -> AsyncGenerator[Event, None]:
+        try:
+            yield frontend_pb2.Started(request_id=request_id or "")
+            while True:
+                yield Delta(["x" * 65536], [1])
+        finally:
+            self.closed.set()
+
+
+async def test_a_client_that_does_not_read_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(request_io, "STALLED_CLIENT_S", 0.2)
+    generator = EndlessGenerator()
+    server = server_of(generator)
+    await server.start()
+    body = orjson.dumps(HELLO)
+
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port, limit=1)
+    writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+    await writer.drain()
+    await asyncio.wait_for(generator.closed.wait(), 20)
+
+    assert (await reader.read(15)).startswith(b"HTTP/1.1 200")
+    writer.close()
+    await writer.wait_closed()
+    await server.stop(0)
 
 
 async def test_nothing_is_answered_after_the_stop() -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import grpc
 import pytest
+from prometheus_client import REGISTRY
 
-from kvmesh import telemetry
 from kvmesh.core.errors import MeshError, Reason
 from kvmesh.core.ids import SequenceHash, WorkerId
 from kvmesh.core.lease_limits import QueueLimits
@@ -657,10 +657,10 @@ async def test_stats_tell_what_became_of_every_task() -> None:
 
 async def test_metrics_follow_the_tasks(bench: Bench) -> None:
     def completed_count() -> float:
-        return telemetry.REGISTRY.get_sample_value("kvmesh_queue_tasks_total", {"outcome": "completed"}) or 0.0
+        return REGISTRY.get_sample_value("kvmesh_queue_tasks_total", {"outcome": "completed"}) or 0.0
 
     def gauges() -> tuple[float | None, float | None]:
-        sample = telemetry.REGISTRY.get_sample_value
+        sample = REGISTRY.get_sample_value
         return sample("kvmesh_queue_depth"), sample("kvmesh_queue_leased")
 
     before = completed_count()

@@ -7,6 +7,7 @@ nothing is let through, because clients send many of those.
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
+import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from kvmesh.core.errors import FixRequestError, Reason
@@ -205,10 +206,10 @@ def parse_body(value: Any, kind: type[Body]) -> Body:
 
 def _without_neutral(value: Mapping[str, Any], neutral: Mapping[str, Sequence[object]], *, path: str) -> dict[str, Any]:
     """Return what is left to look at. Raises: FixRequestError naming a field that asks for what is not served."""
-    for name in value.keys() & neutral.keys():
-        if value[name] not in neutral[name]:
-            allowed = [repr(item) for item in neutral[name] if item is not None]
-            advice = " or ".join(["leave it out", *(f"send {item}" for item in allowed)])
+    for name, item in value.items():
+        if name in neutral and item not in neutral[name]:
+            allowed = [f"send {orjson.dumps(value).decode()}" for value in neutral[name] if value is not None]
+            advice = " or ".join(["leave it out", *allowed])
             raise invalid(f"{path}{name}", f"not supported: {advice}")
     return {name: item for name, item in value.items() if name not in neutral}
 

@@ -124,25 +124,29 @@ class StreamedReply:
         """Nothing is sent before the first write."""
         self._send = send
         self._content_type = content_type
+        self._now = asyncio.get_running_loop().time
         self.is_started = False
+        self.writing_since: float | None = None
+        """When the write that is going on began, on the loop's clock."""
 
     async def write(self, data: bytes, *, more: bool = True) -> None:
-        """Send some bytes in one write. Raises: BackOffError(SLOW_CONSUMER) where the client does not read."""
-        cut = asyncio.timeout(STALLED_CLIENT_S)
-        try:
-            async with cut:
-                if not self.is_started:
-                    self.is_started = True
-                    await self._start()
-                await self._send({"type": "http.response.body", "body": data, "more_body": more})
-        except TimeoutError as exc:
-            if not cut.expired():
-                raise
-            raise BackOffError(Reason.SLOW_CONSUMER, f"no read in {STALLED_CLIENT_S:g} s") from exc
+        """Send some bytes in one write; waits while the client does not read."""
+        self.writing_since = self._now()
+        if not self.is_started:
+            self.is_started = True
+            await self._start()
+        await self._send({"type": "http.response.body", "body": data, "more_body": more})
+        self.writing_since = None
 
     async def end(self, data: bytes = b"") -> None:
         """Send the last bytes."""
         await self.write(data, more=False)
+
+    async def say_farewell(self, data: bytes) -> None:
+        """Send the last bytes of a failed stream; a client that does not read them is left without."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_FAREWELL_S):
+                await self.end(data)
 
     async def _start(self) -> None:
         # No proxy may hold a stream back until it is whole: the last header says so to the one that does by default.
@@ -170,21 +174,49 @@ async def stream(
     try:
         async with until_disconnect(receive):
             try:
-                async with deadline(timeout_s), aclosing(chunks):
-                    async for chunk in chunks:
-                        await reply.write(chunk)
+                async with deadline(timeout_s), _while_read(reply):
+                    async with aclosing(chunks):
+                        async for chunk in chunks:
+                            await reply.write(chunk)
+                    await reply.end(last)
             except Exception as exc:
                 if not reply.is_started:
                     raise
-                await reply.end(tell(failure_of(exc)))
-            else:
-                await reply.end(last)
+                await reply.say_farewell(tell(failure_of(exc)))
     except asyncio.CancelledError:
         if reply.is_started:  # the server stops
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_FAREWELL_S):
-                    await reply.end(tell(failure_of(draining())))
+            await reply.say_farewell(tell(failure_of(draining())))
         raise
+
+
+@asynccontextmanager
+async def _while_read(reply: StreamedReply) -> AsyncIterator[None]:
+    """Cancel the block when one write has waited STALLED_CLIENT_S or more, and raise SLOW_CONSUMER in its place.
+
+    One timer per stream looks twice in that time: a timeout around each write would double what a token costs.
+    """
+    loop = asyncio.get_running_loop()
+    cut = asyncio.timeout(None)
+    timer: asyncio.TimerHandle
+
+    def look() -> None:
+        nonlocal timer
+        now = loop.time()
+        if reply.writing_since is not None and now - reply.writing_since >= STALLED_CLIENT_S:
+            cut.reschedule(now)
+        else:
+            timer = loop.call_later(STALLED_CLIENT_S / 2, look)
+
+    timer = loop.call_later(STALLED_CLIENT_S / 2, look)
+    try:
+        async with cut:
+            yield
+    except TimeoutError as exc:
+        if not cut.expired():
+            raise
+        raise BackOffError(Reason.SLOW_CONSUMER, f"no read in {STALLED_CLIENT_S:g} s") from exc
+    finally:
+        timer.cancel()
 
 
 def draining() -> TryElsewhereError:

@@ -24,7 +24,9 @@ from kvmesh.runtime.interceptors import CallInterceptor
 from kvmesh.services.channels import MAX_MESSAGE_BYTES, PortTakenError
 
 CLEANUP_S = 2.0
-"""How long cancelled calls may take to clean up; a stop lasts its grace plus this at most."""
+"""How long cancelled calls may take to clean up."""
+FLUSH_S = 1.0
+"""How long ended calls may take to reach their clients."""
 
 SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -115,7 +117,7 @@ class GrpcServer:
         return bound
 
     async def drain_and_stop(self, grace_s: float) -> None:
-        """Stop, at most `grace_s` + `CLEANUP_S` from now. Idempotent; the most impatient of several callers wins.
+        """Stop, within `grace_s` + `CLEANUP_S` + `FLUSH_S`. Idempotent; the most impatient of several callers wins.
 
         Not for handlers of this server: the stop would wait for its own caller.
         """
@@ -129,7 +131,8 @@ class GrpcServer:
             _log.warning("server.grace_ended", address=self._address, cancelled=self._calls.open_calls)
         self.health.close()
         stuck = await self._calls.end_calls(spared=health.SERVICE_NAME, within_s=CLEANUP_S)
-        await self._server.stop(None)
+        # Handlers are done, but their last bytes may not be: only a stuck one is worth breaking connections for.
+        await self._server.stop(None if stuck else FLUSH_S)
         _log.info("server.stopped", address=self._address, stuck=stuck)
 
 

@@ -123,6 +123,10 @@ class PrefillPull:
                 self._leasing = group.create_task(self._lease(stub))
                 await self._hear(heard)
                 self._leasing.cancel()
+                # The attachment is held for what still runs: its end would requeue it.
+                while self._running:
+                    self._slot_free.clear()
+                    await self._slot_free.wait()
         finally:
             notices.cancel()
 

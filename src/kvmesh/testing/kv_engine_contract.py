@@ -107,9 +107,7 @@ class KvEngineContract(EngineContract):
         """Since the start."""
         size = engine.info.block_size
         for number in (1, 2):
-            engine.submit(
-                replace(self.request(engine, 1, prompt=2 * size + 1, max_tokens=1), key=attempt(number))
-            )  # fmt: skip
+            engine.submit(replace(self.request(engine, 1, prompt=2 * size + 1, max_tokens=1), key=attempt(number)))
             run_all(engine)
 
         assert engine.load().prefix_hit_rate == pytest.approx(2 * size / (2 * (2 * size + 1)))
@@ -268,7 +266,7 @@ class KvEngineContract(EngineContract):
 
         pin = engine.commit_import(
             opened.import_id, block_hashes=request.block_hashes, local_hashes=request.local_hashes
-        )  # fmt: skip
+        )
         events = engine.drain_kv_events()
         engine.submit(request)
         answer = run_all(engine).answers[request.key]
@@ -320,9 +318,7 @@ class KvEngineContract(EngineContract):
         engine.abort_import(opened.import_id)
 
         with pytest.raises(NotKnownError):
-            engine.commit_import(
-                opened.import_id, block_hashes=request.block_hashes, local_hashes=request.local_hashes
-            )  # fmt: skip
+            engine.commit_import(opened.import_id, block_hashes=request.block_hashes, local_hashes=request.local_hashes)
 
         assert used == 3
         assert engine.cached_blocks(request.block_hashes) == 0
@@ -344,9 +340,7 @@ class KvEngineContract(EngineContract):
         memory[opened.block_ids[1]] = 0
 
         with pytest.raises(TryElsewhereError) as caught:
-            engine.commit_import(
-                opened.import_id, block_hashes=request.block_hashes, local_hashes=request.local_hashes
-            )  # fmt: skip
+            engine.commit_import(opened.import_id, block_hashes=request.block_hashes, local_hashes=request.local_hashes)
 
         assert caught.value.reason is Reason.KV_TRANSFER_FAILED
         assert engine.cached_blocks(request.block_hashes) == 0

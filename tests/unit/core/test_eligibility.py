@@ -108,6 +108,14 @@ def test_session_moves_when_its_worker_cannot_take_it(gone: Candidate | None) ->
     assert [each.worker for each in eligible.candidates] == [A]
 
 
+def test_labels_are_preferred_when_the_sessions_worker_is_gone() -> None:
+    eligible = filter_candidates(
+        query(preferred_labels={"zone": "west"}), FLEET, session_worker=WorkerRank(WorkerId("z"))
+    )
+
+    assert [each.worker for each in eligible.candidates] == [B]
+
+
 OVERLOADED = candidate(A, overload="9 requests on 2 slots")
 
 

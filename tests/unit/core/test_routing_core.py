@@ -231,6 +231,32 @@ def test_key_of_an_ended_booking_is_refused_and_the_next_attempt_is_free() -> No
     assert router.reserve(key(1, attempt=2), query(), now=2).worker == A
 
 
+def test_key_of_an_ended_booking_is_refused_before_anybody_is_chosen() -> None:
+    router = core(A)
+    router.reserve(key(1), query(), now=1)
+    router.release(key(1), now=1)
+    router.remove_worker(A.worker_id, EPOCH, now=1)
+
+    with pytest.raises(ConflictError):
+        router.reserve(key(1), query(), now=2)
+
+
+@pytest.mark.parametrize("restarts", [True, False])
+def test_answer_of_a_dead_incarnation_is_not_given_again(*, restarts: bool) -> None:
+    router = core(A, B)
+    hold(router, A, query())
+    router.reserve(key(1), query(), now=1)
+    if restarts:
+        router.put_worker(record(A, Epoch(8)), now=2)
+    else:
+        router.remove_worker(A.worker_id, EPOCH, now=2)
+
+    with pytest.raises(ConflictError) as caught:
+        router.reserve(key(1), query(), now=2)
+
+    assert caught.value.reason is Reason.ALREADY_EXISTS
+
+
 def test_release_is_idempotent_and_an_unknown_key_is_not_found() -> None:
     router = core(A)
     router.reserve(key(1), query(), now=1)
