@@ -111,7 +111,7 @@ def test_block_removed_above_cached_ones_stays_as_a_ghost_until_they_are_gone() 
     with_ghost = history.blocks, replayed(history.snapshot())
     history.publish([BlocksRemoved((C,))])
 
-    assert with_ghost == ({A, C}, {A: (None, 101), C: (B, 103)})
+    assert with_ghost == (frozenset({A, C}), {A: (None, 101), C: (B, 103)})
     assert list(history.snapshot()) == [(store(None, A),)]
 
 
