@@ -182,6 +182,18 @@ async def test_port_is_taken_when_only_one_address_of_the_name_is() -> None:
             await control_server().start("localhost", port)
 
 
+async def test_port_is_not_shared_with_a_process_that_offers_to() -> None:
+    server = control_server()
+    port = await server.start(LOOPBACK, 0)
+
+    with closing(socket.socket()) as sharer:
+        sharer.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        with pytest.raises(OSError, match="in use"):
+            sharer.bind((LOOPBACK, port))
+
+    await server.drain_and_stop(GENEROUS_S)
+
+
 @pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid"])
 async def test_host_that_is_not_this_machine_is_refused_by_name(host: str) -> None:
     with pytest.raises(OSError, match=f"cannot listen on {host}") as caught:

@@ -446,21 +446,29 @@ async def test_messages_go_both_ways_on_one_stream() -> None:
     assert code is grpc.StatusCode.OK
 
 
-async def test_generator_is_closed_before_its_call_ends() -> None:
-    order: list[str] = []
+async def test_call_is_open_until_its_generator_has_cleaned_up() -> None:
+    cleaning, let_go = asyncio.Event(), asyncio.Event()
 
-    async def inner() -> AsyncIterator[Load]:
+    async def behaviour(_request: Any, _context: Any) -> AsyncIterator[Load]:
         try:
-            yield Load(worker_id="w")
-            raise TryElsewhereError(Reason.WORKER_LOST, "gone")
+            while True:  # until the client's window is full: the generator is left at a yield
+                yield Load(worker_id="w" * 100_000)
         finally:
-            await asyncio.sleep(0)
-            order.append("cleaned")
+            cleaning.set()
+            await let_go.wait()
 
-    async with stream(lambda _request, _context: inner()) as stub:
-        call = stub.WatchLoad(LOAD_REQUEST, timeout=GENEROUS_S)
+    server = GrpcServer()
+    server.add(
+        ScriptedEvents(behaviour), "kvmesh.v1.WorkerEvents", worker_events_pb2_grpc.add_WorkerEventsServicer_to_server
+    )
+    async with channel_to(server) as channel:
+        stub: worker_events_pb2_grpc.WorkerEventsAsyncStub = worker_events_pb2_grpc.WorkerEventsStub(channel)
+        call = stub.WatchLoad(LOAD_REQUEST)
         await call.read()
-        await failure(call.read())
-        order.append("failed")
+        call.cancel()
+        await asyncio.wait_for(cleaning.wait(), GENEROUS_S)
+        open_while_cleaning = server.open_calls
+        let_go.set()
 
-    assert order == ["cleaned", "failed"]
+    assert open_while_cleaning == 1
+    assert server.open_calls == 0

@@ -305,7 +305,7 @@ class RoutingHints(_message.Message):
 
     @_builtins.property
     def preferred_labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Among equals, workers with these labels first."""
+        """Of the workers that are not saturated, those with the most of these labels."""
 
     @_builtins.property
     def cost(self) -> Global___CostOverrides:

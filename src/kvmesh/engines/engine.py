@@ -238,6 +238,8 @@ class Engine(Protocol):
     def begin_import(self, block_hashes: Sequence[SequenceHash], *, first_block: int) -> Import:
         """Allocate room for blocks `first_block` and on of this sequence.
 
+        `block_hashes` are those of the whole sequence from block 0, as in `commit_import`.
+
         Raises:
             FixRequestError: INVALID_FIELD `first_block` if it lies outside of the sequence.
             BackOffError: OVERLOADED if the pool is full.

@@ -114,9 +114,7 @@ class SimulatedBatch:
         decode_sequences, decode_blocks = len(self._decoding), self._decode_blocks
         outputs = self._decode()
         budget = self._options.max_batched_tokens - decode_sequences
-        left = self._prefill(budget, outputs)
-        if not preempted:  # what it gave back is for those that go on
-            left = self._admit(left, outputs)
+        left = self._admit(self._prefill(budget, outputs), outputs)
         duration_s = 0.0
         if self._options.speedup:
             step_s = self._cost.step_s(

@@ -56,6 +56,9 @@ class DecodeWork:
     def start(self) -> None:
         """Nothing to begin: requests come by themselves."""
 
+    async def wait_ready(self) -> None:
+        """Ready at once."""
+
     def shares(self) -> Sequence[worker_events_pb2.RouterShare]:
         """Return the load by the router that sent it."""
         return self._requests.shares()

@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 from kvmesh import telemetry
+from kvmesh.core.errors import Reason, TryElsewhereError
 from kvmesh.core.ids import WorkerId
 from kvmesh.core.lease_limits import QueueLimits
 from kvmesh.core.policies.kv_aware import CostKnobs, KvAware
@@ -92,7 +93,7 @@ class Mesh:
     async def start(self) -> None:
         """Serve; returns when the first request can be taken.
 
-        Raises: PortTakenError; what was started until then is ended by `stop`.
+        Raises: PortTakenError, TryElsewhereError(NO_WORKERS); what was started until then is ended by `stop`.
         """
         settings = self._settings
         self._stops.append(self._gateway.stop)
@@ -107,8 +108,14 @@ class Mesh:
         for worker in self._workers:
             self._stops.append(worker.stop)
             await worker.start(_LOOPBACK)
-        async with asyncio.timeout(_READY_S):
-            await self._gateway.wait_ready()
+        try:
+            async with asyncio.timeout(_READY_S):
+                await self._gateway.wait_ready()
+                await asyncio.gather(*(worker.wait_ready() for worker in self._workers))
+        except TimeoutError as exc:
+            raise TryElsewhereError(
+                Reason.NO_WORKERS, f"the workers did not come up within {_READY_S:g} s: see the log above"
+            ) from exc
 
     def topology(self) -> frontend_pb2.Topology:
         """Return the mesh as the gateway knows it now."""

@@ -50,6 +50,10 @@ class PrefillWork:
         """Begin to pull."""
         self._pull.start()
 
+    async def wait_ready(self) -> None:
+        """Wait for the queue."""
+        await self._pull.wait_attached()
+
     def shares(self) -> Sequence[worker_events_pb2.RouterShare]:
         """Tasks come from the queue: no router sent them."""
         return ()

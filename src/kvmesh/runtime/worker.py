@@ -67,6 +67,9 @@ class Work(Protocol):
     def start(self) -> None:
         """Begin; the worker is registered."""
 
+    async def wait_ready(self) -> None:
+        """Wait until work can reach it."""
+
     def shares(self) -> Sequence[worker_events_pb2.RouterShare]:
         """Return the load by the router that sent it."""
 
@@ -157,6 +160,10 @@ class Worker:
         self._registration = await self._discovery.register(self._record())
         self._work.start()
         log.info("worker.started", worker_id=self.identity.worker_id, address=self.identity.address)
+
+    async def wait_ready(self) -> None:
+        """Wait until work can reach it; a worker that drains never gets there."""
+        await self._work.wait_ready()
 
     async def drain(self, timeout_s: float) -> tuple[int, int]:
         """Take nothing new and end what runs within `timeout_s`; return (finished, cancelled). Idempotent."""

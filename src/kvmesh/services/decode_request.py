@@ -86,5 +86,7 @@ def _token_request(
         block_hashes=sequence_hashes(local),
         local_hashes=local,
         prefill_only=prefill_only,
+        lora=request.lora or None,
+        cache_namespace=request.cache_namespace or None,
     )
     return engine_request, len(tokens)

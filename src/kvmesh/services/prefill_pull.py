@@ -64,6 +64,7 @@ class PrefillPull:
         """By lease_id."""
         self._slot_free = asyncio.Event()
         self._leasing: asyncio.Task[None] | None = None
+        self._attached = asyncio.Event()
 
     def __len__(self) -> int:
         return len(self._running)
@@ -71,6 +72,10 @@ class PrefillPull:
     def start(self) -> None:
         """Begin to pull."""
         self._loop_tasks.start(self._pull(), name=f"pull-{self._identity.worker_id}")
+
+    async def wait_attached(self) -> None:
+        """Wait until the queue can give it tasks."""
+        await self._attached.wait()
 
     async def drain(self, timeout_s: float) -> tuple[int, int]:
         """Lease nothing new, finish what runs within `timeout_s`; return (finished, cancelled)."""
@@ -118,6 +123,7 @@ class PrefillPull:
         try:
             async with asyncio.timeout(self._waits.connect_s):
                 await anext(heard)
+            self._attached.set()
             log.info("prefill.attached", worker_id=self._identity.worker_id)
             async with asyncio.TaskGroup() as group:
                 self._leasing = group.create_task(self._lease(stub))
@@ -128,6 +134,7 @@ class PrefillPull:
                     self._slot_free.clear()
                     await self._slot_free.wait()
         finally:
+            self._attached.clear()
             notices.cancel()
 
     async def _hear(self, notices: AsyncIterator[prefill_queue_pb2.AttachResponse]) -> None:

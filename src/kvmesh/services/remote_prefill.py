@@ -180,7 +180,7 @@ class RemotePrefill:
         try:
             self._check(handoff, first_block, hashes)
             wanted = await self._driver.acquire(
-                lambda engine: engine.begin_import(hashes[first_block:], first_block=first_block),
+                lambda engine: engine.begin_import(hashes, first_block=first_block),
                 undo=lambda engine, begun: engine.abort_import(begun.import_id),
             )
             committed = await self._move(handoff, wanted, hashes, engine_request.local_hashes[: len(hashes)])

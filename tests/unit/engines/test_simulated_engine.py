@@ -72,13 +72,15 @@ def test_request_holds_the_blocks_of_its_prompt_from_its_first_chunk_on() -> Non
 def test_decoding_takes_a_block_when_the_last_one_is_full() -> None:
     engine = make()
     engine.submit(make_request(engine, 1, prompt=SIZE, max_tokens=7))
-    active = []
+    active, cached = [], []
     while engine.has_work():
         engine.step()
         active.append(engine.load().active_blocks)
+        cached.append(engine.pool_stats().cached_blocks)
 
     # the first token comes with the prompt, its KV one step later: tokens 1-4 fill block 2, token 5 begins block 3
     assert active == [1, 2, 2, 2, 2, 3, 0]
+    assert cached == [1, 1, 1, 1, 2, 2, 2]
 
 
 def test_step_time_grows_with_the_batch_and_the_prompt() -> None:
@@ -342,14 +344,13 @@ def test_books_balance_at_every_step_of_a_random_life(seed: int) -> None:
             engine.unpin(pins.pop(0))
         while len(imports) > 1:
             engine.abort_import(imports.pop(0))
-    for pin in pins:
-        engine.unpin(pin)
+    for pin_id in pins:
+        engine.unpin(pin_id)
     for import_id in imports:
         engine.abort_import(import_id)
     while engine.has_work():
-        for output in engine.step().outputs:
-            if output.pin is not None:
-                engine.unpin(output.pin.pin_id)
+        for pin in [output.pin for output in engine.step().outputs if output.pin is not None]:
+            engine.unpin(pin.pin_id)
 
     engine.check_integrity()
     assert held(engine) == NOTHING_HELD
