@@ -18,7 +18,10 @@ ALLOWED = {
     "transports": {"core"},
     "discovery": {"core"},
     "tokenizing": {"core"},
-    "services": {"core", "wire", "telemetry", "tokenizing", "engines.engine", "transports.transport", "discovery.discovery"},
+    "services": {
+        "core", "wire", "telemetry", "tokenizing",
+        "engines.engine", "transports.transport", "discovery.discovery",
+    },
     "gateway": {"core", "wire", "telemetry", "services.channels", "services.owned_tasks"},
     "runtime": {
         "core", "wire", "telemetry", "tokenizing", "services", "gateway",

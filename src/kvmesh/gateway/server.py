@@ -33,7 +33,7 @@ class HttpServer:
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            # Longer than clients and balancers keep idle connections: a request must not meet a connection being closed.
+            # Longer than clients and balancers keep idle connections: no request meets a connection being closed.
             timeout_keep_alive=75,
         )
         config.load()

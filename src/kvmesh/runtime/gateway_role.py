@@ -121,6 +121,10 @@ class GatewayRole:
         """Return the mesh as it is known now."""
         return self._topology.now()
 
+    async def refreshed_topology(self) -> frontend_pb2.Topology:
+        """Return the mesh with the queue's counts as they are now."""
+        return await self._topology.refreshed()
+
     async def wait_ready(self) -> None:
         """Wait until the router knows a decode worker that has reported its load."""
         while self._unready_reason() is not None:

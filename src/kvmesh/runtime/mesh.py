@@ -18,7 +18,7 @@ from kvmesh.core.roster import WorkerRole
 from kvmesh.core.routing import RoutingRules
 from kvmesh.discovery.memory import MemoryDiscovery
 from kvmesh.runtime.decode_work import decode_work
-from kvmesh.runtime.engine_registry import plan_engine
+from kvmesh.runtime.engine_registry import EnginePlan, plan_engine
 from kvmesh.runtime.gateway_role import GatewayRole
 from kvmesh.runtime.prefill_work import PrefillWork
 from kvmesh.runtime.queue_role import QueueRole
@@ -36,10 +36,13 @@ _READY_S = 10.0
 class Mesh:
     """Every role of a mesh in one process."""
 
-    def __init__(self, settings: Settings) -> None:
-        """Check what the settings name. Raises: FixRequestError(INVALID_FIELD) naming the setting and the fix."""
+    def __init__(self, settings: Settings, *, plan: EnginePlan | None = None) -> None:
+        """Check what the settings name; `plan` brings engines of the caller's own in place of `engine.*`.
+
+        Raises: FixRequestError(INVALID_FIELD) naming the setting and the fix.
+        """
         self._settings = settings
-        self._plan = plan_engine(settings.engine)
+        self._plan = plan or plan_engine(settings.engine)
         self._rules = _remote_prefill_rules(settings, default_min_uncached=self._plan.min_uncached_tokens)
         self._discovery = MemoryDiscovery()
         self._network = MemoryNetwork()

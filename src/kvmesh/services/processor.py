@@ -7,98 +7,41 @@ Everything a request holds (its booking, its place on the exchange, its deadline
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 import uuid_utils
 
 from kvmesh import telemetry
-from kvmesh.core.candidates import RoutingHints, RoutingQuery, Selection
-from kvmesh.core.errors import (
-    MeshError,
-    NotKnownError,
-    OutOfTimeError,
-    Reason,
-    TryElsewhereError,
-)
-from kvmesh.core.ids import AttemptKey, RequestId, RouterId, WorkerId
+from kvmesh.core.errors import MeshError, NotKnownError, OutOfTimeError, Reason, TryElsewhereError
+from kvmesh.core.ids import RequestId, WorkerId
 from kvmesh.core.reservations import Reservation
 from kvmesh.core.roster import WorkerRecord, WorkerRole
 from kvmesh.core.waits import Waits
 from kvmesh.services.exchange_client import ExchangePool, WorkerStream
+from kvmesh.services.output_text import OutputText
 from kvmesh.services.peers import Peers
-from kvmesh.services.progress import PendingProgress, ProgressReports
-from kvmesh.services.prompts import PreparedPrompt, accepted_forms, fill_input, prepare_prompt
+from kvmesh.services.progress import ProgressReports
+from kvmesh.services.prompts import TEXT, TOKENS, accepted_forms, prepare_prompt
 from kvmesh.services.request_totals import RequestTotals
-from kvmesh.tokenizing.stop_matcher import StopMatcher
-from kvmesh.tokenizing.tokenizer import Detokenizer, Tokenizer
-from kvmesh.v1 import decode_worker_pb2, frontend_pb2, generation_pb2
+from kvmesh.services.routing_port import RoutingPort
+from kvmesh.services.running_request import Resolved, RunningRequest
+from kvmesh.tokenizing.tokenizer import Tokenizer
+from kvmesh.v1 import frontend_pb2
 from kvmesh.wire.generation import Delta, Event
-from kvmesh.wire.routing import Progress, block_hashes_by_size, hints_from_proto
 from kvmesh.wire.routing_answers import explanation_to_proto
-from kvmesh.wire.validation import check_generate_request, duration, invalid, resolve_sampling
+from kvmesh.wire.validation import check_generate_request, invalid, resolve_sampling
 
 log = telemetry.logger(__name__)
 
 _MAX_ATTEMPTS = 4
 """Workers that are asked for one request when those before could not be reached or rejected it."""
-_DETOKENIZER_CONTEXT = 8
-"""Tokens at the end of the prompt that decide how the first output token is written."""
 _MAX_LOST = 1
 """Retries of a request that a worker accepted and lost: a poison request must not kill the fleet."""
-
-
-class RoutingPort(Protocol):
-    """The router, in this process or behind its service."""
-
-    @property
-    def router_id(self) -> RouterId:
-        """The name under which workers report this router's load."""
-
-    async def reserve(self, key: AttemptKey, query: RoutingQuery, *, wait_s: float) -> Reservation:
-        """Choose a worker and book it, waiting up to `wait_s` for one to be eligible."""
-
-    def explain_booked(self, reservation: Reservation) -> Selection:
-        """Return the selection behind a reservation, with every candidate."""
-
-    def report_progress(self, progress: Sequence[Progress]) -> object:
-        """Say how bookings go on."""
-
-    def release(self, key: AttemptKey) -> bool:
-        """End a booking; False if it had ended. Raises: NotKnownError if it was never seen."""
-
-
-@dataclass(slots=True, eq=False)
-class _Run:
-    """One running request and what it holds."""
-
-    request: frontend_pb2.GenerateRequest
-    request_id: RequestId
-    arrived_at: float
-    deadline_at: float
-    model: str = ""
-    prompt: PreparedPrompt | None = None
-    sampling: generation_pb2.SamplingParams | None = None
-    detokenizer: Detokenizer | None = None
-    stops: StopMatcher | None = None
-    attempt: int = 0
-    lost: int = 0
-    excluded: list[WorkerId] = field(default_factory=list)
-    booking: Reservation | None = None
-    worker: WorkerRecord | None = None
-    stream: WorkerStream | None = None
-    deadline: asyncio.TimerHandle | None = None
-    produced: int = 0
-    finished: generation_pb2.Finished | None = None
-
-    @property
-    def predicted_cached_tokens(self) -> int:
-        """Prompt tokens that the router expects the worker to hold."""
-        if self.booking is None or self.worker is None:
-            return 0
-        return self.booking.overlap_blocks * self.worker.block_size
+_DETOKENIZER_CONTEXT = 8
+"""Tokens at the end of the prompt that decide how the first output token is written."""
+_FINAL_REASONS = frozenset({Reason.DEADLINE, Reason.PREFILL_FAILED})
+"""Another worker would end the same."""
 
 
 class Processor:
@@ -122,9 +65,9 @@ class Processor:
         self._tokenizers = tokenizers
         self._waits = waits
         self._progress = ProgressReports(router.report_progress)
+        self._running: set[RunningRequest] = set()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._running: set[_Run] = set()
 
     def start(self) -> None:
         """Begin to report progress."""
@@ -151,7 +94,7 @@ class Processor:
         """List the models of the live decode workers, sorted by name."""
         found: dict[str, frontend_pb2.Model] = {}
         for record in self._peers.roster.records(WorkerRole.DECODE):
-            context = int(record.metadata.get("max_context_tokens", 0))
+            context = _context_tokens(record)
             for name in record.models:
                 model = found.setdefault(name, frontend_pb2.Model(name=name, max_context_tokens=context))
                 model.workers += 1
@@ -186,17 +129,18 @@ class Processor:
         finally:
             self._close(run, outcome)
 
-    def _admit(self, request: frontend_pb2.GenerateRequest, timeout_s: float | None, request_id: str | None) -> _Run:
+    def _admit(
+        self, request: frontend_pb2.GenerateRequest, timeout_s: float | None, request_id: str | None
+    ) -> RunningRequest:
         if self.draining:
             raise TryElsewhereError(Reason.DRAINING, "this frontend takes no new requests")
         check_generate_request(request)
         now = asyncio.get_running_loop().time()
-        longest_s = self._waits.request_s if timeout_s is None else timeout_s
-        run = _Run(
+        run = RunningRequest(
             request=request,
             request_id=RequestId(request_id or str(uuid_utils.uuid7())),
             arrived_at=now,
-            deadline_at=now + longest_s,
+            deadline_at=now + (self._waits.request_s if timeout_s is None else timeout_s),
         )
         self.totals.requests += 1
         telemetry.REQUESTS_RUNNING.inc()
@@ -204,7 +148,7 @@ class Processor:
         self._idle.clear()
         return run
 
-    async def _start(self, run: _Run) -> WorkerStream:
+    async def _start(self, run: RunningRequest) -> WorkerStream:
         """Bring the request to its first output, on a second worker if need be."""
         try:
             async with asyncio.timeout_at(run.deadline_at):
@@ -221,27 +165,30 @@ class Processor:
             raise OutOfTimeError(Reason.DEADLINE, "no output before the deadline") from exc
         loop = asyncio.get_running_loop()
         telemetry.TIME_TO_FIRST_TOKEN.observe(loop.time() - run.arrived_at)
-        run.deadline = loop.call_at(
-            run.deadline_at, stream.fail, OutOfTimeError(Reason.DEADLINE, "the request's time is up")
-        )
+        run.deadline = loop.call_at(run.deadline_at, self._expire, stream)
         return stream
 
-    async def _prepare(self, run: _Run) -> None:
-        request = run.request
-        run.model = self._resolve_model(request.model)
-        tokenizer = self._tokenizers.get(run.model)
-        workers = self._peers.roster.of(WorkerRole.DECODE, run.model)
-        accepts = accepted_forms(workers) or frozenset({"tokens" if tokenizer is not None else "text"})
-        run.prompt = await prepare_prompt(request.prompt, tokenizer=tokenizer, accepts=accepts)
-        contexts = [int(record.metadata.get("max_context_tokens", 0)) for record in workers]
-        run.sampling = resolve_sampling(
-            request.sampling,
-            prompt_tokens=run.prompt.prompt_tokens,
-            max_context_tokens=min(contexts, default=0),
+    def _expire(self, stream: WorkerStream) -> None:
+        telemetry.WAIT_ENDED.labels(wait="request_s").inc()
+        stream.fail(OutOfTimeError(Reason.DEADLINE, "the request's time is up"))
+
+    async def _prepare(self, run: RunningRequest) -> None:
+        """Resolve the model, render and tokenise the prompt, set every default."""
+        model = self._resolve_model(run.request.model)
+        tokenizer = self._tokenizers.get(model)
+        workers = self._peers.roster.of(WorkerRole.DECODE, model)
+        accepts = accepted_forms(workers) or frozenset({TEXT if tokenizer is None else TOKENS})
+        prompt = await prepare_prompt(run.request.prompt, tokenizer=tokenizer, accepts=accepts)
+        sampling = resolve_sampling(
+            run.request.sampling,
+            prompt_tokens=prompt.prompt_tokens,
+            max_context_tokens=min(map(_context_tokens, workers), default=0),
         )
-        if tokenizer is not None and run.prompt.token_ids is not None:
-            run.detokenizer = tokenizer.detokenizer(after=run.prompt.token_ids[-_DETOKENIZER_CONTEXT:].tolist())
-        run.stops = StopMatcher(request.sampling.stop) if request.sampling.stop else None
+        run.resolved = Resolved(model, prompt, sampling)
+        detokenizer = None
+        if tokenizer is not None and prompt.token_ids is not None:
+            detokenizer = tokenizer.detokenizer(after=prompt.token_ids[-_DETOKENIZER_CONTEXT:].tolist())
+        run.output = OutputText(detokenizer=detokenizer, stops=run.request.sampling.stop)
 
     def _resolve_model(self, name: str) -> str:
         known = self._peers.roster.models() | self._tokenizers.keys()
@@ -257,31 +204,17 @@ class Processor:
             raise TryElsewhereError(Reason.NO_WORKERS, "no worker serves any model yet")
         return next(iter(known))
 
-    async def _dispatch(self, run: _Run) -> WorkerStream:
+    async def _dispatch(self, run: RunningRequest) -> WorkerStream:
         """Book a worker and send it the request."""
-        assert run.prompt is not None
+        assert run.resolved is not None
         run.attempt += 1
-        key = AttemptKey(run.request_id, run.attempt)
-        run.booking = await self._router.reserve(key, self._query(run), wait_s=self._waits.route_s)
+        query = run.query(self._peers.roster.of(WorkerRole.DECODE, run.resolved.model))
+        run.booking = await self._router.reserve(run.key, query, wait_s=self._waits.route_s)
         run.worker = await self._record(run.booking)
         exchange = await self._exchanges.get(run.worker.address)
-        run.stream = exchange.submit(self._decode_request(run, run.booking, run.worker))
+        now = asyncio.get_running_loop().time()
+        run.stream = exchange.submit(run.decode_request(router_id=self._router.router_id, now=now))
         return run.stream
-
-    def _query(self, run: _Run) -> RoutingQuery:
-        assert run.prompt is not None
-        hints = run.request.routing
-        workers = self._peers.roster.of(WorkerRole.DECODE, run.model)
-        return RoutingQuery(
-            model=run.model,
-            prompt_tokens=run.prompt.prompt_tokens,
-            block_hashes=block_hashes_by_size(run.prompt.identity, {record.block_size for record in workers}, hints),
-            prompt_text=run.prompt.text,
-            lora=hints.lora or None,
-            cache_namespace=hints.cache_namespace or None,
-            hints=_without(hints_from_proto(hints), run.excluded),
-            expected_output_tokens=run.sampling.max_tokens if run.sampling is not None else None,
-        )
 
     async def _record(self, booking: Reservation) -> WorkerRecord:
         """Return the record of the booked worker; the router may have heard of it a moment before this process."""
@@ -295,57 +228,38 @@ class Processor:
         except TimeoutError as exc:
             raise TryElsewhereError(Reason.WORKER_LOST, f"{booking.worker.worker_id} is not in discovery") from exc
 
-    def _decode_request(self, run: _Run, booking: Reservation, worker: WorkerRecord) -> decode_worker_pb2.DecodeRequest:
-        assert run.prompt is not None
-        hints = run.request.routing
-        remaining_s = max(run.deadline_at - asyncio.get_running_loop().time(), 0.001)
-        request = decode_worker_pb2.DecodeRequest(
-            request_id=run.request_id,
-            attempt=run.attempt,
-            model=run.model,
-            sampling=run.sampling,
-            timeout=duration(remaining_s),
-            router_id=self._router.router_id,
-            reservation_id=booking.reservation_id,
-            lora=hints.lora,
-            cache_namespace=hints.cache_namespace,
-            **fill_input(run.prompt, worker.accepts),  # type: ignore[arg-type]  # one of text and token_ids, by name
-        )
-        if hints.HasField("priority"):
-            request.priority = hints.priority
-        return request
-
-    async def _first_output(self, run: _Run, stream: WorkerStream) -> None:
+    async def _first_output(self, run: RunningRequest, stream: WorkerStream) -> None:
         """Wait until something can be handed on; tell the router how the booking goes until then."""
-        accepted = remote = computed = False
+        is_accepted = is_prefill_over = False
         while True:
             await stream.changed.wait()
             stream.changed.clear()
-            if not accepted and stream.accepted_sequence is not None:
-                accepted = True
-                self._progress_of(run).accepted_load_sequence = stream.accepted_sequence
-            if not remote and stream.decision is not None and stream.decision.remote:
-                remote = True  # that prefill is another worker's load from here on
-                self._progress_of(run).prefill_complete = True
-            if not computed and stream.prompt_usage is not None:
-                computed = True
-                self._progress_of(run).prefill_complete = True
+            if not is_accepted and stream.accepted_sequence is not None:
+                is_accepted = True
+                self._progress.of(run.key).accepted_load_sequence = stream.accepted_sequence
+            # A prefill that goes remote is another worker's load from here on.
+            is_remote = stream.decision is not None and stream.decision.remote
+            if not is_prefill_over and (is_remote or stream.prompt_usage is not None):
+                is_prefill_over = True
+                self._progress.of(run.key).prefill_complete = True
             if stream.error is not None:
                 raise stream.error
             if stream.has_output or stream.finished is not None:
                 return
 
-    def _try_elsewhere(self, run: _Run, error: MeshError) -> None:
+    def _try_elsewhere(self, run: RunningRequest, error: MeshError) -> None:
         """Give the attempt up and make the next one possible. Raises: `error` if there is to be none."""
         stream, worker = run.stream, run.worker
-        if worker is None or not isinstance(error, TryElsewhereError | OutOfTimeError) or run.attempt >= _MAX_ATTEMPTS:
-            raise error
-        was_owned = stream is not None and stream.accepted_sequence is not None and not stream.is_rejected
-        if was_owned:
+        if stream is not None and stream.accepted_sequence is not None and not stream.is_rejected:
             run.lost += 1
-        if run.lost > _MAX_LOST or error.reason in (Reason.DEADLINE, Reason.PREFILL_FAILED):
-            raise error
-        if not self._has_other_worker(run, worker.worker_id):
+        if (
+            worker is None
+            or not isinstance(error, TryElsewhereError | OutOfTimeError)
+            or error.reason in _FINAL_REASONS
+            or run.lost > _MAX_LOST
+            or run.attempt >= _MAX_ATTEMPTS
+            or not self._has_other_worker(run, worker.worker_id)
+        ):
             raise error
         log.warning(
             "request.retried", request_id=run.request_id, attempt=run.attempt, worker_id=worker.worker_id,
@@ -355,72 +269,35 @@ class Processor:
         self._give_up_attempt(run)
         run.excluded.append(worker.worker_id)
 
-    def _has_other_worker(self, run: _Run, failed: WorkerId) -> bool:
+    def _has_other_worker(self, run: RunningRequest, failed: WorkerId) -> bool:
+        assert run.resolved is not None
         return any(
             record.worker_id != failed and record.worker_id not in run.excluded and not record.draining
-            for record in self._peers.roster.of(WorkerRole.DECODE, run.model)
+            for record in self._peers.roster.of(WorkerRole.DECODE, run.resolved.model)
         )
 
-    def _started(self, run: _Run) -> frontend_pb2.Started:
-        assert run.booking is not None
-        started = frontend_pb2.Started(
-            request_id=run.request_id,
-            client_request_id=run.request.client_request_id,
-            model=run.model,
-            worker_id=run.booking.worker.worker_id,
-            attempt=run.attempt,
-            predicted_cached_tokens=run.predicted_cached_tokens,
-        )
-        if run.stream is not None and run.stream.decision is not None:
-            started.prefill.CopyFrom(run.stream.decision)
-        if run.request.explain:
+    def _started(self, run: RunningRequest) -> frontend_pb2.Started:
+        started = run.started()
+        if run.request.explain and run.booking is not None:
             started.explanation.CopyFrom(explanation_to_proto(self._router.explain_booked(run.booking)))
         return started
 
-    def _take_output(self, run: _Run, stream: WorkerStream) -> Delta | None:
+    def _take_output(self, run: RunningRequest, stream: WorkerStream) -> Delta | None:
         """Return what arrived as text and tokens, cut at a stop string; set `run.finished` at the end."""
-        token_ids = stream.take_token_ids()
-        if token_ids:
-            pieces = run.detokenizer.push(token_ids) if run.detokenizer is not None else [""] * len(token_ids)
+        assert run.output is not None
+        token_ids, words = stream.take_token_ids(), stream.take_words()
+        filled_blocks = run.add_output(len(token_ids) + len(words))
+        if filled_blocks:
+            self._progress.of(run.key).output_blocks += filled_blocks
+        pieces = run.output.push(token_ids, words, is_last=stream.finished is not None)
+        if run.output.is_stopped:
+            stream.cancel()
+            run.finished = run.stopped()
         else:
-            pieces = stream.take_words()
-        is_last = stream.is_over and stream.error is None
-        if is_last and run.detokenizer is not None and (rest := run.detokenizer.flush()):
-            pieces = [*pieces, rest]
-        self._count_output(run, len(token_ids) or len(pieces))
-        if run.stops is not None:
-            pieces, is_stopped = run.stops.push(pieces)
-            if is_stopped:
-                stream.cancel()
-                run.finished = self._stopped(run, stream)
-            elif is_last:
-                pieces = [*pieces, *run.stops.flush()]
-        if is_last and run.finished is None:
             run.finished = stream.finished
         return Delta(pieces=pieces, token_ids=token_ids) if pieces or token_ids else None
 
-    def _count_output(self, run: _Run, count: int) -> None:
-        assert run.prompt is not None
-        assert run.worker is not None
-        block_size = run.worker.block_size
-        before = (run.prompt.prompt_tokens + run.produced) // block_size
-        run.produced += count
-        blocks = (run.prompt.prompt_tokens + run.produced) // block_size - before
-        if blocks:
-            self._progress_of(run).output_blocks += blocks
-
-    def _stopped(self, run: _Run, stream: WorkerStream) -> generation_pb2.Finished:
-        """Return the end that a stop string makes: the worker does not know of it."""
-        usage = generation_pb2.Usage()
-        if stream.prompt_usage is not None:
-            usage.CopyFrom(stream.prompt_usage)
-        usage.completion_tokens = run.produced
-        return generation_pb2.Finished(reason=generation_pb2.FINISH_REASON_STOP, usage=usage)
-
-    def _progress_of(self, run: _Run) -> PendingProgress:
-        return self._progress.of(AttemptKey(run.request_id, run.attempt))
-
-    def _count_finished(self, run: _Run) -> None:
+    def _count_finished(self, run: RunningRequest) -> None:
         assert run.finished is not None
         decision = run.stream.decision if run.stream is not None else None
         self.totals.finish(
@@ -429,7 +306,7 @@ class Processor:
             predicted_cached_tokens=run.predicted_cached_tokens,
         )
 
-    def _give_up_attempt(self, run: _Run) -> None:
+    def _give_up_attempt(self, run: RunningRequest) -> None:
         """Free what the current attempt holds here, at the worker and at the router."""
         if run.stream is not None:
             run.stream.cancel()
@@ -441,7 +318,7 @@ class Processor:
                 self._router.release(run.booking.key)
             run.booking = None
 
-    def _close(self, run: _Run, outcome: str) -> None:
+    def _close(self, run: RunningRequest, outcome: str) -> None:
         if run.deadline is not None:
             run.deadline.cancel()
         self._give_up_attempt(run)
@@ -452,6 +329,6 @@ class Processor:
         self.totals.end(outcome)
 
 
-def _without(hints: RoutingHints, workers: Sequence[WorkerId]) -> RoutingHints:
-    """Return the hints with the workers excluded that failed earlier attempts."""
-    return replace(hints, excluded_workers=hints.excluded_workers.union(workers)) if workers else hints
+def _context_tokens(record: WorkerRecord) -> int:
+    """Return the longest context of a worker in tokens; 0 = it does not say."""
+    return int(record.metadata.get("max_context_tokens", 0))

@@ -1,7 +1,7 @@
 """From a client's prompt to what is routed and sent: template, tokens, block hashes. Everything here is done once."""
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,7 +12,7 @@ from kvmesh.core.errors import FixRequestError, Reason
 from kvmesh.core.hashing import text_tokens
 from kvmesh.core.roster import WorkerRecord
 from kvmesh.tokenizing.tokenizer import Tokenizer
-from kvmesh.v1 import generation_pb2
+from kvmesh.v1 import decode_worker_pb2, generation_pb2
 from kvmesh.wire.validation import invalid
 
 TOKENS, TEXT = "tokens", "text"
@@ -67,16 +67,17 @@ def accepted_forms(records: Iterable[WorkerRecord]) -> frozenset[str]:
     return frozenset[str]().union(*(record.accepts for record in records))
 
 
-def fill_input(prepared: PreparedPrompt, accepts: frozenset[str]) -> Mapping[str, str | generation_pb2.TokenIds]:
-    """Return the input field of a DecodeRequest in a form that one worker reads: tokens where it reads both.
+def fill_input(request: decode_worker_pb2.DecodeRequest, prepared: PreparedPrompt, accepts: frozenset[str]) -> None:
+    """Set the prompt of a DecodeRequest in a form that one worker reads: tokens where it reads both.
 
     Raises: FixRequestError(INVALID_FIELD) if there is none.
     """
     if TOKENS in accepts and prepared.token_ids is not None:
-        return {"token_ids": generation_pb2.TokenIds(token_ids=prepared.token_ids.tolist())}
-    if TEXT in accepts and prepared.text is not None:
-        return {"text": prepared.text}
-    raise invalid("prompt", "this model's workers read text: send prompt.text or prompt.messages")
+        request.token_ids.token_ids.extend(prepared.token_ids.tolist())
+    elif TEXT in accepts and prepared.text is not None:
+        request.text = prepared.text
+    else:
+        raise invalid("prompt", "this model's workers read text: send prompt.text or prompt.messages")
 
 
 def _from_tokens(

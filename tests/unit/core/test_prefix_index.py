@@ -245,7 +245,7 @@ def test_a_store_beyond_max_pairs_is_refused_whole_and_marks_the_rank(kind: type
     assert store(index, W1, [1, 2]) == StoreOutcome(StoreResult.FULL)
 
     assert list(index.dump()) == dump
-    assert (index.stats.rejected_full, index.stats.incomplete) == (1, {W1})
+    assert (index.stats.rejected_full, index.stats.incomplete) == (1, frozenset({W1}))
     assert store(index, W0, [1, 2, 3]) == stored(0, duplicates=3)
     index.clear(W1)
     assert index.stats.incomplete == frozenset()
@@ -271,7 +271,7 @@ def test_orphans_beyond_the_bound_are_dropped_and_counted(kind: type[Index]) -> 
 
     index.remove(W0, [blocks[1]])
 
-    assert (index.stats.aside_pairs, index.stats.dropped_aside, index.stats.incomplete) == (0, 3, {W0})
+    assert (index.stats.aside_pairs, index.stats.dropped_aside, index.stats.incomplete) == (0, 3, frozenset({W0}))
     store(index, W0, [1, 2], after=1)
     assert index.match(blocks) == {W0: 2}
 
