@@ -12,17 +12,29 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from kvmesh.core.roster import WorkerRole
 from kvmesh.runtime.engine_registry import EnginePlan
 from kvmesh.runtime.mesh import Mesh
 from kvmesh.runtime.settings import load_settings
-from kvmesh.v1 import worker_control_pb2, worker_control_pb2_grpc
+from kvmesh.v1 import frontend_pb2, frontend_pb2_grpc, generation_pb2, worker_control_pb2, worker_control_pb2_grpc
 
-__all__ = ["SHORT_WAITS", "Baseline", "WorkerBaseline", "read_baseline", "running_mesh", "wait_for_baseline"]
+if TYPE_CHECKING:
+    from kvmesh.v1.frontend_pb2_grpc import FrontendAsyncStub
+
+__all__ = [
+    "SHORT_WAITS",
+    "Answer",
+    "Baseline",
+    "WorkerBaseline",
+    "generate",
+    "open_frontend",
+    "read_baseline",
+    "running_mesh",
+    "wait_for_baseline",
+]
 
 SHORT_WAITS: Mapping[str, float] = {
     "route_s": 1.0,
@@ -37,6 +49,7 @@ SHORT_WAITS: Mapping[str, float] = {
 
 _ANSWER_S = 5.0
 _LOOK_AGAIN_S = 0.05
+_REQUEST_S = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +78,17 @@ class Baseline:
     queue_leased: int = 0
 
 
+@dataclass(slots=True)
+class Answer:
+    """Everything one Frontend.Generate stream said."""
+
+    started: frontend_pb2.Started = field(default_factory=frontend_pb2.Started)
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finished: generation_pb2.Finished | None = None
+    """None: the stream failed."""
+
+
 @asynccontextmanager
 async def running_mesh(*, plan: EnginePlan | None = None, **overrides: Any) -> AsyncIterator[Mesh]:
     """Run a mesh for the block.
@@ -83,18 +107,43 @@ async def running_mesh(*, plan: EnginePlan | None = None, **overrides: Any) -> A
         await mesh.stop()
 
 
+@asynccontextmanager
+async def open_frontend(mesh: Mesh) -> AsyncIterator["FrontendAsyncStub"]:
+    """Open a client of the gRPC door."""
+    async with grpc.aio.insecure_channel(mesh.grpc_address) as channel:
+        yield frontend_pb2_grpc.FrontendStub(channel)
+
+
+async def generate(
+    frontend: "FrontendAsyncStub", prompt: str = "", *, timeout_s: float = _REQUEST_S, into: Answer | None = None,
+    **fields: Any,
+) -> Answer:
+    """Run one request to its end; `fields` are those of GenerateRequest, `into` keeps what came before a failure.
+
+    Raises: grpc.aio.AioRpcError.
+    """  # fmt: skip
+    fields.setdefault("prompt", generation_pb2.Prompt(text=prompt))
+    answer = Answer() if into is None else into
+    async for response in frontend.Generate(frontend_pb2.GenerateRequest(**fields), timeout=timeout_s):
+        match response.WhichOneof("event"):
+            case "started":
+                answer.started = response.started
+            case "chunk":
+                answer.text += response.chunk.text
+                answer.token_ids += response.chunk.token_ids
+            case "finished":
+                answer.finished = response.finished
+    return answer
+
+
 async def read_baseline(mesh: Mesh) -> Baseline:
     """Ask every worker, the queue and the gateway what they hold now; the workers by WorkerControl.GetInfo."""
-    addresses = {worker.id: worker.address for worker in mesh.topology().workers}
-    held = await asyncio.gather(*(_held_by(address) for address in addresses.values()))
     topology = await mesh.gateway.refreshed_topology()
+    held = await asyncio.gather(*(_held_by(worker.address) for worker in topology.workers))
+    alive = [(worker, one) for worker, one in zip(topology.workers, held, strict=True) if one is not None]
     return Baseline(
-        workers={worker_id: one for worker_id, one in zip(addresses, held, strict=True) if one is not None},
-        active_requests=sum(
-            worker.active_requests + worker.waiting_requests
-            for worker in topology.workers
-            if worker.role in (WorkerRole.DECODE, WorkerRole.PREFILL)
-        ),
+        workers={worker.id: one for worker, one in alive},
+        active_requests=sum(worker.active_requests + worker.waiting_requests for worker, _ in alive),
         reservations=topology.counters.reservations,
         running=topology.counters.running,
         queue_depth=topology.queue.depth,

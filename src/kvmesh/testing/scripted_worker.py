@@ -41,7 +41,7 @@ class _RecordedEvents(WorkerEvents):
         super().__init__(**kwargs)
         self.kv_requests: list[worker_events_pb2.WatchKvEventsRequest] = []
 
-    async def WatchKvEvents(
+    async def WatchKvEvents(  # noqa: N802  # the contract's name
         self, request: worker_events_pb2.WatchKvEventsRequest, context: "Context"
     ) -> AsyncIterator[worker_events_pb2.WatchKvEventsResponse]:
         self.kv_requests.append(request)
@@ -79,7 +79,11 @@ class ScriptedWorker:
         worker = cls(replace(record, **changes), ring_size=ring_size)
         await worker.serve(port=port)
         if discovery is not None:
-            await worker.register(discovery)
+            try:
+                await worker.register(discovery)
+            except BaseException:
+                await worker.aclose()
+                raise
         return worker
 
     @property
@@ -147,8 +151,6 @@ class ScriptedWorker:
         said = self.said
         return LoadView(
             draining=said.draining,
-            ranks=tuple(
-                RankView(rank=rank, load=said.load, shares=said.shares) for rank in range(self.record.ranks)
-            ),
+            ranks=tuple(RankView(rank=rank, load=said.load, shares=said.shares) for rank in range(self.record.ranks)),
             reservation_ids=said.reservation_ids.get(router_id, []),
         )
