@@ -105,7 +105,7 @@ async def test_potential_loads_and_overlaps_follow_what_a_worker_caches() -> Non
     async with open_doors(mesh__decode=2, mesh__prefill=0) as doors:
         served = await generate(
             doors.frontend,
-            prompt=generation_pb2.Prompt(token_ids=generation_pb2.TokenIds(token_ids=PROMPT)),
+            generation_pb2.Prompt(token_ids=generation_pb2.TokenIds(token_ids=PROMPT)),
             sampling=generation_pb2.SamplingParams(max_tokens=2),
         )
         async with asyncio.timeout(ASK_S):

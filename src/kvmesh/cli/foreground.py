@@ -13,7 +13,10 @@ from typing import Protocol, TextIO, cast
 
 from kvmesh import telemetry
 from kvmesh.cli import STARTED_S
+from kvmesh.cli.options import CommandFailed
+from kvmesh.cli.streams import LossyStream
 from kvmesh.runtime.settings import LogSettings
+from kvmesh.services.channels import PortTakenError
 from kvmesh.v1 import frontend_pb2
 
 _QUIT_AT_ONCE = 130
@@ -52,7 +55,7 @@ def set_up_output(settings: LogSettings, *, level_is_chosen: bool) -> Show:
     Under the live view, log lines are printed above it, and only warnings unless the user chose a level.
     """
     if not sys.stdout.isatty():
-        telemetry.configure_logging(level=settings.level, log_format=settings.format)
+        telemetry.configure_logging(level=settings.level, log_format=settings.format, stream=_lossy(sys.stderr))
         return show_by_log
 
     from rich.file_proxy import FileProxy
@@ -61,7 +64,7 @@ def set_up_output(settings: LogSettings, *, level_is_chosen: bool) -> Show:
     from kvmesh.cli.live import show_live
 
     console = output_console()
-    stream = cast(TextIO, FileProxy(console, sys.stderr)) if sys.stderr.isatty() else sys.stderr
+    stream = cast(TextIO, FileProxy(console, sys.stderr)) if sys.stderr.isatty() else _lossy(sys.stderr)
     level = settings.level if level_is_chosen else "warning"
     telemetry.configure_logging(level=level, log_format=settings.format, stream=stream)
     return lambda mesh: show_live(mesh, console)
@@ -70,14 +73,24 @@ def set_up_output(settings: LogSettings, *, level_is_chosen: bool) -> Show:
 async def serve(mesh: ForegroundMesh, show: Show) -> None:
     """Run the mesh until SIGINT or SIGTERM, then stop it; a second signal ends the process at once with 130.
 
-    Raises: whatever `mesh.start` raises, after what it had started is stopped.
+    Raises: CommandFailed when an address cannot be listened on, else whatever `mesh.start` raises, after what it had
+    started is stopped.
     """
     try:
         async with _until_signalled():
-            await mesh.start()
+            await _start(mesh)
             await show(mesh)
     finally:
         await mesh.stop()
+
+
+async def _start(mesh: ForegroundMesh) -> None:
+    try:
+        await mesh.start()
+    except PortTakenError:
+        raise  # says what to do
+    except OSError as exc:
+        raise CommandFailed(f"cannot listen: {exc.strerror or exc}: check --http-host and --grpc-host") from exc
 
 
 async def show_by_log(mesh: ForegroundMesh) -> None:
@@ -120,6 +133,10 @@ async def _until_signalled() -> AsyncIterator[None]:
             raise
     finally:
         is_running = False
+
+
+def _lossy(stream: TextIO) -> TextIO:
+    return cast(TextIO, LossyStream(stream))
 
 
 def _quit() -> None:

@@ -3,6 +3,7 @@
 # ruff: noqa: PLC0415  # commands import what they need when they run, so that `kvmesh --help` answers at once
 
 import difflib
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -15,6 +16,7 @@ from kvmesh.cli.generate import generate
 from kvmesh.cli.options import examples
 from kvmesh.cli.probe import BAD_FLAGS, probe
 from kvmesh.cli.status import status
+from kvmesh.cli.streams import open_closed_streams
 from kvmesh.cli.up import up
 
 # Typer's rich help and tracebacks would cost 300 ms on every start, also that of a mesh.
@@ -66,6 +68,9 @@ def show_version() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit."""
+    open_closed_streams()
+    # Read once, when gRPC is imported: its core tells of every connection's end on stderr, between our log lines.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     try:
         code = app(arguments, prog_name="kvmesh", standalone_mode=False)
     except typer.TyperException as error:

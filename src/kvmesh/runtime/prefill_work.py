@@ -17,6 +17,7 @@ class PrefillWork:
         self._compute = PrefillCompute(
             identity=parts.identity, driver=parts.driver, pins=parts.pins, transport=parts.transport
         )
+        self._servicer = PrefillWorker(self._compute)
         self._pull = PrefillPull(
             identity=parts.identity,
             models=parts.models,
@@ -40,7 +41,7 @@ class PrefillWork:
         """PrefillWorker, the direct mode."""
         return (
             Service(
-                PrefillWorker(self._compute),
+                self._servicer,
                 prefill_worker_pb2.DESCRIPTOR.services_by_name["PrefillWorker"],
                 prefill_worker_pb2_grpc.add_PrefillWorkerServicer_to_server,
             ),
@@ -64,6 +65,7 @@ class PrefillWork:
 
     async def drain(self, timeout_s: float) -> tuple[int, int]:
         """Lease nothing new, finish what runs within `timeout_s`; return (finished, cancelled)."""
+        self._servicer.draining = True
         return await self._pull.drain(timeout_s)
 
     async def aclose(self) -> None:

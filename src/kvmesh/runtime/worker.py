@@ -23,6 +23,7 @@ from kvmesh.services.channels import Channels
 from kvmesh.services.engine_driver import EngineDriver
 from kvmesh.services.identity import WorkerIdentity, new_epoch
 from kvmesh.services.kv_transfer import KvTransfer, LentPins
+from kvmesh.services.owned_tasks import OwnedTasks
 from kvmesh.services.peers import Peers
 from kvmesh.services.worker_control import WorkerControl
 from kvmesh.services.worker_events import LoadView, RankView, WorkerEvents
@@ -122,8 +123,9 @@ class Worker:
         self._waits = waits
         self._is_draining = False
         self._registration: Registration | None = None
+        self._tasks = OwnedTasks()
         info = engine.info
-        driver = EngineDriver(engine, on_turn=self._on_turn, name=worker_id)
+        driver = EngineDriver(engine, on_turn=self._on_turn, on_crash=self._on_crash, name=worker_id)
         events = WorkerEvents(
             worker_id=worker_id,
             epoch=self.identity.epoch,
@@ -149,6 +151,13 @@ class Worker:
 
     async def start(self, host: str, port: int = 0) -> None:
         """Listen, register, work. Raises: PortTakenError, or what discovery raises; nothing is left running then."""
+        try:
+            await self._start(host, port)
+        except BaseException:
+            await self.aclose()
+            raise
+
+    async def _start(self, host: str, port: int) -> None:
         parts = self._parts
         bound = await self._server.start(host, port)
         self.identity.address = f"{host}:{bound}"
@@ -173,22 +182,25 @@ class Worker:
             log.info("worker.draining", worker_id=self.identity.worker_id, running=len(self._work))
             if self._registration is not None:
                 await self._registration.update(self._record())
-        return await self._work.drain(timeout_s)
+        return await self._empty(timeout_s)
 
     async def stop(self) -> None:
         """Deregister, drain with the setting's bound, and close everything."""
-        if self._registration is not None:
-            await self._registration.stop()
-            self._registration = None
-        self._is_draining = True
-        self._server.health.drain()
-        await self._work.drain(self._waits.drain_s)
-        await self.aclose()
+        registration, self._registration = self._registration, None
+        try:
+            if registration is not None:
+                await registration.stop()
+            self._is_draining = True
+            self._server.health.drain()
+            await self._empty(self._waits.drain_s)
+        finally:
+            await self.aclose()
         log.info("worker.stopped", worker_id=self.identity.worker_id)
 
     async def aclose(self) -> None:
-        """Close everything at once; what runs fails."""
+        """Close everything at once; what runs fails. Idempotent."""
         parts = self._parts
+        await self._tasks.aclose()
         parts.events.close()
         await self._work.aclose()
         await self._server.drain_and_stop(_STREAMS_END_S)
@@ -219,6 +231,21 @@ class Worker:
         if info.layout is not None:
             answer.layout.CopyFrom(layout_to_wire(info.layout))
         return answer
+
+    async def _empty(self, timeout_s: float) -> tuple[int, int]:
+        """Drain the work, then give those who were handed blocks the time of a transfer to fetch them."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + timeout_s
+        counts = await self._work.drain(timeout_s)
+        await self._parts.pins.wait_none(min(max(until - loop.time(), 0.0), self._waits.kv_transfer_s))
+        return counts
+
+    def _on_crash(self) -> None:
+        """Have nothing more sent here: without its engine a worker can only refuse."""
+        self._tasks.start(self._retire(), name="retire")
+
+    async def _retire(self) -> None:
+        await self.drain(0)
 
     def _own_services(self) -> tuple[Service, ...]:
         return (

@@ -256,6 +256,7 @@ class DecodeRequests:
         return running
 
     def _expire(self, running: _Running) -> None:
+        telemetry.WAIT_ENDED.labels(wait="request_s").inc()
         self.fail(running, OutOfTimeError(Reason.DEADLINE, "the request's time is up on the worker"))
 
     async def _prepare(self, running: _Running) -> None:
@@ -272,6 +273,9 @@ class DecodeRequests:
         except MeshError as error:
             self.fail(running, error)
             return
+        except Exception:  # ours to fix, and no reason to leave the client waiting for its deadline
+            self.fail(running, MeshError(Reason.INTERNAL, "remote prefill failed unexpectedly"))
+            raise
         if prepared is None:
             self._run_locally(running, reason=None)
             return
@@ -279,6 +283,8 @@ class DecodeRequests:
         running.usage.cached_tokens = prepared.cached_tokens
         running.usage.remote_prefill_tokens = prepared.remote_tokens
         running.usage.kv_bytes_moved = prepared.bytes_moved
+        if prepared.pin_id is not None:
+            running.prefill_tokens = running.prompt_tokens - prepared.cached_tokens - prepared.remote_tokens
         self.counters["remote_prefills"] += 1
         self.counters["kv_bytes_moved"] += prepared.bytes_moved
         self._driver.submit(running.engine_request, running)

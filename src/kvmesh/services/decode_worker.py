@@ -6,14 +6,14 @@ from collections.abc import AsyncIterator
 
 import grpc
 
-from kvmesh.core.errors import MeshError
+from kvmesh import telemetry
+from kvmesh.core.errors import MeshError, OutOfTimeError, Reason
 from kvmesh.services.decode_requests import DecodeRequests
 from kvmesh.services.exchange import Exchange
 from kvmesh.v1 import decode_worker_pb2, decode_worker_pb2_grpc, generation_pb2
 from kvmesh.wire.validation import invalid
 
 _Response = decode_worker_pb2.DecodeWorkerGenerateResponse
-_LAST_EVENTS = frozenset({"finished"})
 
 
 class _CallSink:
@@ -22,6 +22,8 @@ class _CallSink:
     def __init__(self) -> None:
         self.events: deque[_Response | MeshError] = deque()
         self.ready = asyncio.Event()
+        self.is_over = False
+        """The worker owns the request no more: its key may be another request's by now."""
 
     def accepted(self, load_sequence: int) -> None:
         self._put(_Response(accepted=decode_worker_pb2.Accepted(load_sequence=load_sequence)))
@@ -41,9 +43,11 @@ class _CallSink:
             self._put(_Response(chunk=generation_pb2.Chunk(token_ids=token_ids, text="".join(words))))
 
     def finished(self, finished: generation_pb2.Finished) -> None:
+        self.is_over = True
         self._put(_Response(finished=finished))
 
     def failed(self, error: MeshError, *, rejected: bool) -> None:
+        self.is_over = True
         self._put(error)
 
     def _put(self, event: _Response | MeshError) -> None:
@@ -61,9 +65,9 @@ class DecodeWorker(decode_worker_pb2_grpc.DecodeWorkerServicer):
         self._exchanges: dict[str, Exchange] = {}
 
     def close(self) -> None:
-        """End every exchange, so that the server can stop."""
+        """End every exchange once what it has to say is said, so that the server can stop."""
         for exchange in self._exchanges.values():
-            exchange.supersede()
+            exchange.finish()
 
     async def Generate(
         self,
@@ -82,10 +86,10 @@ class DecodeWorker(decode_worker_pb2_grpc.DecodeWorkerServicer):
                     if isinstance(event, MeshError):
                         raise event
                     yield event
-                    if event.WhichOneof("event") in _LAST_EVENTS:
+                    if event.HasField("finished"):
                         return
         finally:
-            if key is not None:
+            if key is not None and not sink.is_over:
                 self._requests.cancel(key)
 
     async def Exchange(  # type: ignore[override]  # the stub's base is synchronous
@@ -94,7 +98,12 @@ class DecodeWorker(decode_worker_pb2_grpc.DecodeWorkerServicer):
         context: grpc.aio.ServicerContext,  # type: ignore[type-arg]
     ) -> None:
         """See the contract."""
-        first = await anext(aiter(request_iterator), None)
+        try:
+            async with asyncio.timeout(self._write_timeout_s):
+                first = await anext(aiter(request_iterator), None)
+        except TimeoutError as exc:
+            telemetry.WAIT_ENDED.labels(wait="exchange_write_s").inc()
+            raise OutOfTimeError(Reason.DEADLINE, "an exchange was opened and said nothing") from exc
         if first is None or first.WhichOneof("command") != "open" or not first.open.processor_id:
             raise invalid("command", "the first command of an exchange is open, with a processor_id")
         processor_id = first.open.processor_id

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from kvmesh import telemetry
-from kvmesh.core.errors import MeshError, Reason, TryElsewhereError
+from kvmesh.core.errors import ConflictError, MeshError, Reason, TryElsewhereError
 from kvmesh.core.ids import AttemptKey
 from kvmesh.engines.engine import Engine, EngineLoad, EngineRequest, KvEvent, Output, StepResult
 
@@ -21,6 +21,8 @@ T = TypeVar("T")
 _NOTHING = StepResult()
 _TIMER_SLACK_S = 0.005
 """How late a timer may be without the modelled time falling behind."""
+_CLOSE_S = 10.0
+"""How long a close waits for the engine's thread: a step that never ends must not keep its worker from stopping."""
 
 
 class Listener(Protocol):
@@ -39,7 +41,8 @@ class _Command:
     future: asyncio.Future[Any] | None = None
     """Who waits for the result; None for submits and cancels."""
     key: AttemptKey | None = None
-    """The request a submit is about: it hears of the refusal."""
+    """The request a submit is about; `listener` hears of its refusal."""
+    listener: Listener | None = None
 
 
 @dataclass(slots=True)
@@ -53,48 +56,83 @@ class _Turn:
 
 
 class EngineDriver:
-    """Owns the engine and its thread. All methods are for the event loop."""
+    """Owns the engine and its thread. All methods are for the event loop.
 
-    def __init__(self, engine: Engine, *, on_turn: Callable[[tuple[KvEvent, ...]], None], name: str) -> None:
+    An engine whose step raised, or whose listener did, is not used again: what runs then fails with WORKER_LOST, and so
+    does whatever is asked of it later, a close included. Nobody ever waits for an answer that cannot come.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        on_turn: Callable[[tuple[KvEvent, ...]], None],
+        on_crash: Callable[[], None] = lambda: None,
+        name: str,
+    ) -> None:
         """Take the engine over; `on_turn` hears, after each turn that changed something, of its KV events."""
         self.info = engine.info
         self.load = EngineLoad(max_requests=engine.info.max_sequences, total_blocks=engine.info.total_blocks)
         """Figures after the last turn."""
         self.crash: Exception | None = None
-        """Set when a step raised: the engine is not used again."""
+        """What ended the engine; None while it is well."""
         self._engine = engine
         self._on_turn = on_turn
+        self._on_crash = on_crash
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"engine-{name}")
         self._commands: list[_Command] = []
         self._listeners: dict[AttemptKey, Listener] = {}
+        self._dropped: set[AttemptKey] = set()
+        """Cancelled since the step under way began: its outputs for them are nobody's, whoever has the key by then."""
+        self._has_work = False
+        self._applying: list[_Command] = []
+        """The commands of the turn under way."""
+        self._gone_because: str | None = None
+        """Why the engine takes nothing any more."""
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._step_ended_at = 0.0
+        self._closed = False
 
     def start(self) -> None:
         """Begin to run turns."""
         self._task = asyncio.get_running_loop().create_task(self._run(), name="engine-driver")
 
     async def aclose(self) -> None:
-        """Stop the turns, free the engine, fail what still runs."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-        self._lose_all(TryElsewhereError(Reason.WORKER_LOST, "the engine was closed"))
-        await asyncio.get_running_loop().run_in_executor(self._executor, self._engine.close)
+        """Stop after the step under way, fail what still runs, free the engine. Idempotent."""
+        self._lose_all("the engine was closed")
+        self._wake.set()
+        task, self._task = self._task, None
+        if task is not None:
+            await asyncio.wait([task], timeout=_CLOSE_S)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        if self._closed:
+            return
+        self._closed = True
+        closing = asyncio.get_running_loop().run_in_executor(self._executor, self._engine.close)
+        done, _ = await asyncio.wait([closing], timeout=_CLOSE_S)
         self._executor.shutdown(wait=False)
+        if not done:
+            log.error("engine.stuck", seconds=_CLOSE_S)
+        elif (error := closing.exception()) is not None:
+            log.error("engine.close_failed", exc_info=error)
 
     def submit(self, request: EngineRequest, listener: Listener) -> None:
         """Take a request in with the next turn; a refusal reaches the listener."""
-        if self.crash is not None:
-            listener.failed(TryElsewhereError(Reason.WORKER_LOST, "the engine of this worker has failed"))
+        if self._gone_because is not None:
+            listener.failed(_lost(self._gone_because))
+            return
+        if request.key in self._listeners:
+            listener.failed(ConflictError(Reason.ALREADY_EXISTS, f"{request.key} is running"))
             return
         self._listeners[request.key] = listener
-        self._post(_Command(lambda engine: engine.submit(request), key=request.key))
+        self._post(_Command(lambda engine: engine.submit(request), key=request.key, listener=listener))
 
     def cancel(self, key: AttemptKey) -> None:
         """Drop a request with the next turn; its listener hears nothing more. Idempotent."""
         if self._listeners.pop(key, None) is not None:
+            self._dropped.add(key)
             self._post(_Command(lambda engine: engine.cancel(key)))
 
     def post(self, apply: Callable[[Engine], Any]) -> None:
@@ -107,8 +145,8 @@ class EngineDriver:
 
     async def acquire(self, apply: Callable[[Engine], T], *, undo: Callable[[Engine, T], Any] | None) -> T:
         """As `call`; if the waiting is cancelled, `undo` gives back what was acquired, so that nothing leaks."""
-        if self.crash is not None:
-            raise TryElsewhereError(Reason.WORKER_LOST, "the engine of this worker has failed")
+        if self._gone_because is not None:
+            raise _lost(self._gone_because)
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self._post(_Command(apply, future))
         try:
@@ -124,30 +162,37 @@ class EngineDriver:
         self.post(lambda engine: undo(engine, result))
 
     def _post(self, command: _Command) -> None:
-        self._commands.append(command)
-        self._wake.set()
+        if self._gone_because is None:  # after the engine there is nothing to give back to
+            self._commands.append(command)
+            self._wake.set()
 
     async def _run(self) -> None:
-        loop = asyncio.get_running_loop()
-        has_work = False
-        while self.crash is None:
-            if not has_work and not self._commands:
-                self._wake.clear()
-                await self._wake.wait()
-            started_at = loop.time()
-            turn = await self._take_turn(step=True)
-            has_work = turn.has_work
-            if turn.step.duration_s:
-                await self._let_pass(turn.step.duration_s, started_at=started_at)
-            for output in turn.step.outputs:
-                self._deliver(output)
-        log.error("engine.crashed", exc_info=self.crash)
-        self._lose_all(TryElsewhereError(Reason.WORKER_LOST, f"the engine failed: {self.crash}"))
+        try:
+            while self._gone_because is None and self.crash is None:
+                await self._run_turn()
+        except Exception as error:  # a listener that raises would otherwise end the turns without a word
+            self.crash = error
+        if self.crash is not None:
+            log.error("engine.crashed", exc_info=self.crash)
+            self._lose_all(f"the engine failed: {self.crash!r}")
+            self._on_crash()
+
+    async def _run_turn(self) -> None:
+        if not self._has_work and not self._commands:
+            self._wake.clear()
+            await self._wake.wait()
+        started_at = asyncio.get_running_loop().time()
+        self._dropped.clear()
+        turn = await self._take_turn(step=True)
+        if turn.step.duration_s:
+            await self._let_pass(turn.step.duration_s, started_at=started_at)
+        for output in turn.step.outputs:
+            self._deliver(output)
 
     async def _take_turn(self, *, step: bool) -> _Turn:
-        commands, self._commands = self._commands, []
-        turn = await asyncio.get_running_loop().run_in_executor(self._executor, self._turn, commands, step)
-        self.load, self.crash = turn.load, turn.crash
+        self._applying, self._commands = self._commands, []
+        turn = await asyncio.get_running_loop().run_in_executor(self._executor, self._turn, self._applying, step)
+        self.load, self.crash, self._has_work = turn.load, turn.crash, turn.has_work
         for command, value, error in turn.replies:
             self._reply(command, value, error)
         if turn.kv_events or turn.replies or turn.step.outputs:
@@ -178,13 +223,17 @@ class EngineDriver:
             started_at = self._step_ended_at
         self._step_ended_at = started_at + duration_s
         loop = asyncio.get_running_loop()
-        while (remaining := self._step_ended_at - loop.time()) > 0:
-            self._wake.clear()
-            try:
-                async with asyncio.timeout(remaining):
-                    await self._wake.wait()
-            except TimeoutError:
+        while self._gone_because is None and self.crash is None:
+            remaining = self._step_ended_at - loop.time()
+            if remaining <= 0:
                 return
+            if not self._commands:
+                self._wake.clear()
+                try:
+                    async with asyncio.timeout(remaining):
+                        await self._wake.wait()
+                except TimeoutError:
+                    return
             await self._take_turn(step=False)
 
     def _reply(self, command: _Command, value: Any, error: Exception | None) -> None:
@@ -196,27 +245,37 @@ class EngineDriver:
             else:
                 command.future.set_exception(error)
         elif error is not None and command.key is not None:
-            listener = self._listeners.pop(command.key, None)
-            if listener is not None:
+            listener = self._listeners.get(command.key)
+            if listener is not None and listener is command.listener:
+                del self._listeners[command.key]
                 listener.failed(error if isinstance(error, MeshError) else MeshError(Reason.INTERNAL, str(error)))
         elif error is not None:
             log.warning("engine.command_failed", exc_info=error)
 
     def _deliver(self, output: Output) -> None:
-        if output.finish is None and output.error is None:
-            listener = self._listeners.get(output.key)
-        else:
-            listener = self._listeners.pop(output.key, None)
-        if listener is not None:
-            listener.output(output)
-        elif output.pin is not None:  # cancelled while its last step ran: nobody owns the pin
-            pin_id = output.pin.pin_id
-            self.post(lambda engine: engine.unpin(pin_id))
+        listener = None if output.key in self._dropped else self._listeners.get(output.key)
+        if listener is None:
+            if output.pin is not None:  # cancelled while its last step ran: nobody owns the pin
+                pin_id = output.pin.pin_id
+                self.post(lambda engine: engine.unpin(pin_id))
+            return
+        if output.finish is not None or output.error is not None:
+            del self._listeners[output.key]
+        listener.output(output)
 
-    def _lose_all(self, error: MeshError) -> None:
+    def _lose_all(self, because: str) -> None:
+        """Tell everybody, now and later, that nothing more will come."""
+        if self._gone_because is not None:
+            return
+        self._gone_because = because
         listeners, self._listeners = self._listeners, {}
+        commands, self._commands = self._applying + self._commands, []
         for listener in listeners.values():
-            listener.failed(error)
-        commands, self._commands = self._commands, []
+            listener.failed(_lost(because))
         for command in commands:
-            self._reply(command, None, error)
+            if command.future is not None and not command.future.done():
+                command.future.set_exception(_lost(because))
+
+
+def _lost(because: str) -> TryElsewhereError:
+    return TryElsewhereError(Reason.WORKER_LOST, because)

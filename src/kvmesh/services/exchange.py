@@ -6,11 +6,12 @@ At most one frame is unsent: while a write is under way, what further steps prod
 import asyncio
 from collections.abc import AsyncIterator
 from itertools import chain
+from typing import Any
 
 import grpc
 
 from kvmesh import telemetry
-from kvmesh.core.errors import MeshError
+from kvmesh.core.errors import MeshError, OutOfTimeError, Reason
 from kvmesh.core.ids import AttemptKey
 from kvmesh.services.decode_requests import DecodeRequests
 from kvmesh.v1 import decode_worker_pb2, generation_pb2
@@ -66,7 +67,9 @@ class Exchange:
         self._tokens: dict[int, list[tuple[int, ...]]] = {}
         self._words: dict[int, list[tuple[str, ...]]] = {}
         self._sinks: dict[int, _StreamSink] = {}
-        self._closing: asyncio.Event = asyncio.Event()
+        self._superseded = asyncio.Event()
+        self._is_last = False
+        """The next frame is the last one."""
 
     def produced(self, stream_id: int, token_ids: tuple[int, ...], words: tuple[str, ...]) -> None:
         """Add output to the pending frame."""
@@ -86,8 +89,13 @@ class Exchange:
         self.ready.set()
 
     def supersede(self) -> None:
-        """End this exchange: the same processor has opened another."""
-        self._closing.set()
+        """End this exchange and its requests now: the same processor has opened another, and may send them there."""
+        self._cancel_all()
+        self._superseded.set()
+
+    def finish(self) -> None:
+        """End this exchange after the frame that is pending."""
+        self._is_last = True
         self.ready.set()
 
     async def run(
@@ -98,22 +106,25 @@ class Exchange:
         """Serve until the processor half-closes, goes away, stalls, or is superseded."""
         telemetry.EXCHANGES_OPEN.inc()
         reader = asyncio.ensure_future(self._read(commands))
-        reader.add_done_callback(lambda _: self.supersede())
+        writer = asyncio.ensure_future(self._write(context))
+        superseded = asyncio.ensure_future(self._superseded.wait())
+        parts: tuple[asyncio.Future[Any], ...] = (reader, writer, superseded)
         try:
-            await self._write(context)
-            if reader.done():
-                reader.result()
-        except TimeoutError:
-            telemetry.WAIT_ENDED.labels(wait="exchange_write_s").inc()
-            log.warning("exchange.stalled", seconds=self._write_timeout_s)
+            done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
+            for part in done:
+                part.result()
         finally:
             telemetry.EXCHANGES_OPEN.dec()
-            reader.cancel()
-            for sink in list(self._sinks.values()):
-                if sink.key is not None:
-                    self._requests.cancel(sink.key)
-            self._sinks.clear()
-            await asyncio.gather(reader, return_exceptions=True)
+            self._cancel_all()
+            for part in parts:
+                part.cancel()
+            await asyncio.gather(*parts, return_exceptions=True)
+
+    def _cancel_all(self) -> None:
+        sinks, self._sinks = self._sinks, {}
+        for sink in sinks.values():
+            if sink.key is not None:
+                self._requests.cancel(sink.key)
 
     async def _read(self, commands: AsyncIterator[decode_worker_pb2.ExchangeRequest]) -> None:
         async for command in commands:
@@ -138,12 +149,28 @@ class Exchange:
         while True:
             await self.ready.wait()
             self.ready.clear()
-            if self._closing.is_set():
-                return
+            is_last = self._is_last
             frame = self._take_frame()
+            if not is_last or frame.ListFields():
+                await self._send(frame, context)
+            if is_last:
+                return
+
+    async def _send(
+        self,
+        frame: decode_worker_pb2.ExchangeResponse,
+        context: grpc.aio.ServicerContext,  # type: ignore[type-arg]
+    ) -> None:
+        try:
             async with asyncio.timeout(self._write_timeout_s):
                 await context.write(frame)
-            telemetry.EXCHANGE_FRAMES.inc()
+        except TimeoutError as exc:
+            telemetry.WAIT_ENDED.labels(wait="exchange_write_s").inc()
+            log.warning("exchange.stalled", seconds=self._write_timeout_s)
+            raise OutOfTimeError(
+                Reason.DEADLINE, f"the processor took no frame for {self._write_timeout_s:g} s"
+            ) from exc
+        telemetry.EXCHANGE_FRAMES.inc()
 
     def _take_frame(self) -> decode_worker_pb2.ExchangeResponse:
         frame, self.frame = self.frame, decode_worker_pb2.ExchangeResponse()

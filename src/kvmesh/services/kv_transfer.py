@@ -28,11 +28,24 @@ class LentPins:
         self._timers: dict[int, asyncio.TimerHandle] = {}
         self._ended: dict[int, asyncio.TimerHandle] = {}
 
+        self._none = asyncio.Event()
+        self._none.set()
+
     def __len__(self) -> int:
         return len(self._timers)
 
+    async def wait_none(self, timeout_s: float) -> bool:
+        """Wait until nothing is lent; False if something still was after `timeout_s`."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._none.wait()
+        except TimeoutError:
+            return False
+        return True
+
     def lend(self, pin: Pin) -> None:
         """Hold a pin for others; it is ours to give back from now on."""
+        self._none.clear()
         self._timers[pin.pin_id] = asyncio.get_running_loop().call_later(self.pin_ttl_s, self._expire, pin.pin_id)
 
     def release(self, pin_id: int) -> None:
@@ -45,12 +58,20 @@ class LentPins:
         timer.cancel()
         self._end(pin_id)
 
+    def take_back(self, pin_id: int) -> None:
+        """End a pin that nobody was told of; nothing happens if its time was up."""
+        timer = self._timers.pop(pin_id, None)
+        if timer is not None:
+            timer.cancel()
+            self._end(pin_id)
+
     def close(self) -> None:
         """Forget everything; the engine is closed by its own owner."""
         for timer in (*self._timers.values(), *self._ended.values()):
             timer.cancel()
         self._timers.clear()
         self._ended.clear()
+        self._none.set()
 
     def _expire(self, pin_id: int) -> None:
         del self._timers[pin_id]
@@ -59,6 +80,8 @@ class LentPins:
         self._end(pin_id)
 
     def _end(self, pin_id: int) -> None:
+        if not self._timers:
+            self._none.set()
         self._driver.post(lambda engine: engine.unpin(pin_id))
         forget: Callable[[int, None], None] = self._ended.pop  # type: ignore[assignment]  # its result is not used
         self._ended[pin_id] = asyncio.get_running_loop().call_later(_REMEMBERED_S, forget, pin_id, None)

@@ -44,10 +44,9 @@ class PrefillCompute:
         self._driver = driver
         self._pins = pins
         self._transport = transport
+        self._computations = 0
 
-    async def compute(
-        self, task: prefill_queue_pb2.PrefillTask, *, lease_attempt: int
-    ) -> prefill_queue_pb2.TaskCompleted:
+    async def compute(self, task: prefill_queue_pb2.PrefillTask) -> prefill_queue_pb2.TaskCompleted:
         """Compute a task's blocks and lend them. Cancelling frees everything.
 
         Raises: ConflictError(LAYOUT_MISMATCH), FixRequestError for a task nobody can do, else TryElsewhereError.
@@ -56,9 +55,11 @@ class PrefillCompute:
         if layout is not None and task.HasField("layout") and task.layout != layout_to_wire(layout):
             raise ConflictError(Reason.LAYOUT_MISMATCH, "the task wants blocks of another layout than this worker's")
         request, prompt_tokens = to_prefill_request(task, self._driver.info)
-        key = AttemptKey(RequestId(f"{task.request_id}/{task.attempt}"), lease_attempt)
+        # Each lease of a task is a request of its own to the engine: an abandoned one may still be ending, and a queue
+        # that was restarted counts its leases from 1 again.
+        self._computations += 1
+        key = AttemptKey(RequestId(f"{task.request_id}/{task.attempt}"), self._computations)
         outcome = _Outcome()
-        # Each lease of a task is a request of its own to the engine: an abandoned one may still be ending.
         self._driver.submit(replace(request, key=key), outcome)
         try:
             output = await outcome.done
@@ -70,7 +71,7 @@ class PrefillCompute:
     def give_back(self, result: prefill_queue_pb2.TaskCompleted) -> None:
         """Free the blocks of a result that nobody will fetch."""
         if result.handoff.pin_id:
-            self._pins.release(result.handoff.pin_id)
+            self._pins.take_back(result.handoff.pin_id)
 
     def _abandon(self, key: AttemptKey, outcome: _Outcome) -> None:
         """The waiter is gone: stop the work, or free what had just been finished."""

@@ -31,6 +31,8 @@ _LEASE_WAIT_S = 10.0
 _LEASE_TOKENS = 16_384
 _MAX_TASKS = 8
 _RETRY_S = (0.05, 1.0)
+_SHORTEST_TTL_S = 0.15
+"""A lease near the end of its task's time is extended no more often than one of this TTL."""
 
 
 class PrefillPull:
@@ -122,7 +124,8 @@ class PrefillPull:
         heard = aiter(notices)
         try:
             async with asyncio.timeout(self._waits.connect_s):
-                await anext(heard)
+                if await anext(heard, None) is None:
+                    return  # a queue that ends the stream at once: ask again, as after any loss
             self._attached.set()
             log.info("prefill.attached", worker_id=self._identity.worker_id)
             async with asyncio.TaskGroup() as group:
@@ -165,9 +168,17 @@ class PrefillPull:
             )
             leased = await stub.Lease(request, timeout=_LEASE_WAIT_S + self._waits.connect_s)
             for task in leased.tasks:
-                self._running[task.lease_id] = self._work.start(
-                    self._do(stub, task), name=f"prefill-{task.task.request_id}"
-                )
+                self._start(stub, task)
+
+    def _start(self, stub: "PrefillQueueAsyncStub", leased: prefill_queue_pb2.LeasedTask) -> None:
+        work = self._work.start(self._do(stub, leased), name=f"prefill-{leased.task.request_id}")
+        self._running[leased.lease_id] = work
+        # Not in the work itself: a task that is cancelled before its first step never gets to its `finally`.
+        work.add_done_callback(lambda _: self._ended(leased.lease_id))
+
+    def _ended(self, lease_id: str) -> None:
+        self._running.pop(lease_id, None)
+        self._slot_free.set()
 
     async def _do(self, stub: "PrefillQueueAsyncStub", leased: prefill_queue_pb2.LeasedTask) -> None:
         task = leased.task
@@ -176,9 +187,9 @@ class PrefillPull:
             "lease_attempt": leased.lease_attempt,
         }  # fmt: skip
         log.info("prefill.leased", uncached_tokens=task.uncached_tokens, **where)
-        keeper = asyncio.ensure_future(self._keep(stub, leased, asyncio.current_task()))
+        keeper = self._work.start(self._keep(stub, leased, asyncio.current_task()), name=f"keep-{task.request_id}")
         try:
-            result = await self._compute.compute(task, lease_attempt=leased.lease_attempt)
+            result = await self._compute.compute(task)
             await self._complete(stub, leased, result)
             log.info("prefill.completed", computed_tokens=result.computed_tokens, **where)
         except MeshError as error:
@@ -186,8 +197,6 @@ class PrefillPull:
             await self._fail(stub, leased, error)
         finally:
             keeper.cancel()
-            self._running.pop(leased.lease_id, None)
-            self._slot_free.set()
 
     async def _keep(
         self, stub: "PrefillQueueAsyncStub", leased: prefill_queue_pb2.LeasedTask, work: asyncio.Task[None] | None
@@ -195,10 +204,11 @@ class PrefillPull:
         """Extend the lease at a third of its TTL; when it is lost, stop the work: its result would be refused."""
         ttl_s = leased.ttl.ToNanoseconds() / 1e9
         while True:
-            await asyncio.sleep(ttl_s / 3)
+            wait_s = max(ttl_s, _SHORTEST_TTL_S) / 3
+            await asyncio.sleep(wait_s)
             try:
                 extended = await stub.Extend(
-                    prefill_queue_pb2.ExtendRequest(key=_key(leased), lease_id=leased.lease_id), timeout=ttl_s / 3
+                    prefill_queue_pb2.ExtendRequest(key=_key(leased), lease_id=leased.lease_id), timeout=wait_s
                 )
                 ttl_s = extended.ttl.ToNanoseconds() / 1e9
             except grpc.aio.AioRpcError as exc:

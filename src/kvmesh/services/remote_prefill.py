@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import grpc
 
 from kvmesh import telemetry
-from kvmesh.core.errors import ConflictError, FixRequestError, MeshError, OutOfTimeError, Reason, TryElsewhereError
+from kvmesh.core.errors import ConflictError, MeshError, OutOfTimeError, Reason, TryElsewhereError
 from kvmesh.core.hashing import max_overlap_blocks
 from kvmesh.core.ids import SequenceHash
 from kvmesh.core.remote_prefill import RemotePrefillDecision, RemotePrefillRules, decide
@@ -43,6 +43,8 @@ log = telemetry.logger(__name__)
 _TRANSFER_BYTES_PER_S = 100 << 20
 _PREFILL_SHARE = 0.25
 """A remote prefill may take this share of what remains of a request's time."""
+_CALL_MARGIN_S = 1.0
+"""The deadline of the call lies this much behind the wait, so that it is the wait that ends and is counted."""
 
 
 @dataclass(slots=True)
@@ -83,9 +85,12 @@ class RemotePrefill:
         self._required = required
         self._queue_depth = 0
         self._tasks = OwnedTasks()
+        self._giving_up: set[asyncio.Task[None]] = set()
 
     async def aclose(self) -> None:
-        """Stop giving back what others hold for this worker; their pins end by time."""
+        """Give back what others hold for this worker, within the bound of one call; the rest ends by time."""
+        if self._giving_up:
+            await asyncio.wait(tuple(self._giving_up), timeout=self._waits.connect_s)
         await self._tasks.aclose()
 
     def is_possible(self, model: str) -> bool:
@@ -166,7 +171,7 @@ class RemotePrefill:
         hashes = engine_request.block_hashes[: max_overlap_blocks(prompt_tokens, self._driver.info.block_size)]
         remaining_s = deadline_at - asyncio.get_running_loop().time()
         wait_s = min(self._waits.prefill_s, max(remaining_s, 0.0) * _PREFILL_SHARE)
-        task = self._task(request, engine_request, prompt_tokens, first_block)
+        task = self._task(request, engine_request, prompt_tokens, first_block, wait_s)
         try:
             async with asyncio.timeout(wait_s):
                 completed = await self._submit(task, wait_s)
@@ -175,7 +180,7 @@ class RemotePrefill:
             raise OutOfTimeError(Reason.PREFILL_FAILED, f"no prefill within {wait_s:.1f} s") from exc
         handoff = completed.handoff
         block_size = self._driver.info.block_size
-        if handoff.WhichOneof("content") != "blocks":
+        if self._driver.info.layout is None and handoff.WhichOneof("content") is None:
             return Prepared(pin_id=None, cached_tokens=0, remote_tokens=completed.computed_tokens, bytes_moved=0)
         try:
             self._check(handoff, first_block, hashes)
@@ -185,8 +190,7 @@ class RemotePrefill:
             )
             committed = await self._move(handoff, wanted, hashes, engine_request.local_hashes[: len(hashes)])
         except BaseException:
-            # Nobody waits for this: without it the source would hold its blocks until their pin ends.
-            self._tasks.start(self._give_up(handoff), name="release-handoff")
+            self._give_up(handoff)
             raise
         return Prepared(
             pin_id=committed.pin_id,
@@ -201,6 +205,7 @@ class RemotePrefill:
         engine_request: EngineRequest,
         prompt_tokens: int,
         first_block: int,
+        wait_s: float,
     ) -> prefill_queue_pb2.PrefillTask:
         info = self._driver.info
         task = prefill_queue_pb2.PrefillTask(
@@ -210,7 +215,7 @@ class RemotePrefill:
             block_hashes=engine_request.block_hashes,
             first_block=first_block,
             uncached_tokens=prompt_tokens - first_block * info.block_size,
-            time_to_live=duration(self._waits.prefill_s),
+            time_to_live=duration(wait_s),
             lora=request.lora,
             cache_namespace=request.cache_namespace,
             traceparent=request.traceparent,
@@ -231,7 +236,7 @@ class RemotePrefill:
         if address is None:
             raise TryElsewhereError(Reason.PREFILL_FAILED, "no prefill queue is known")
         stub = prefill_queue_pb2_grpc.PrefillQueueStub(self._channels.get(address))
-        call = stub.Submit(prefill_queue_pb2.SubmitRequest(task=task), timeout=wait_s)
+        call = stub.Submit(prefill_queue_pb2.SubmitRequest(task=task), timeout=wait_s + _CALL_MARGIN_S)
         try:
             async for message in call:
                 event = message.WhichOneof("event")
@@ -242,7 +247,10 @@ class RemotePrefill:
                 else:
                     self._queue_depth = 0
         except grpc.aio.AioRpcError as exc:
-            raise from_rpc_error(exc) from exc
+            error = from_rpc_error(exc)
+            if error.reason is Reason.DEADLINE:  # the task's time to live, which is this wait
+                raise TimeoutError(error.message) from exc
+            raise error from exc
         finally:
             call.cancel()
         raise TryElsewhereError(Reason.PREFILL_FAILED, "the queue ended the task without a result")
@@ -260,8 +268,14 @@ class RemotePrefill:
             raise ConflictError(
                 Reason.LAYOUT_MISMATCH, f"{handoff.worker_id} serves {handoff.transport}, not {self._transport.name}"
             )
-        if handoff.first_block != first_block or tuple(handoff.block_hashes) != hashes[first_block:]:
-            raise FixRequestError(Reason.KV_TRANSFER_FAILED, f"{handoff.worker_id} hands over other blocks than asked")
+        if (
+            handoff.first_block != first_block
+            or tuple(handoff.block_hashes) != hashes[first_block:]
+            or len(handoff.blocks.source_block_ids) != len(handoff.block_hashes)
+        ):
+            raise TryElsewhereError(
+                Reason.KV_TRANSFER_FAILED, f"{handoff.worker_id} hands over other blocks than asked for"
+            )
 
     async def _move(
         self,
@@ -300,7 +314,14 @@ class RemotePrefill:
             raise OutOfTimeError(Reason.KV_TRANSFER_FAILED, f"not moved within {bound_s:.1f} s") from exc
         telemetry.KV_BYTES_MOVED.labels(transport=self._transport.name).inc(moved)
 
-    async def _give_up(self, handoff: generation_pb2.KvHandoff) -> None:
+    def _give_up(self, handoff: generation_pb2.KvHandoff) -> None:
+        """Release without anybody waiting for it: the source would else hold its blocks until their pin ends."""
+        if handoff.pin_id:
+            task = self._tasks.start(self._release_quietly(handoff), name="release-handoff")
+            self._giving_up.add(task)
+            task.add_done_callback(self._giving_up.discard)
+
+    async def _release_quietly(self, handoff: generation_pb2.KvHandoff) -> None:
         try:
             await self._release(handoff)
         except MeshError as error:

@@ -75,9 +75,6 @@ class RouterWorkers:
         self._channels = Channels()
         self._tasks = OwnedTasks()
 
-    def __len__(self) -> int:
-        return len(self._members)
-
     def start(self) -> None:
         """Begin to follow."""
         self._tasks.start(self._follow(), name="router-workers")

@@ -115,16 +115,21 @@ async def open_frontend(mesh: Mesh) -> AsyncIterator["FrontendAsyncStub"]:
 
 
 async def generate(
-    frontend: "FrontendAsyncStub", prompt: str = "", *, timeout_s: float = _REQUEST_S, into: Answer | None = None,
+    frontend: "FrontendAsyncStub",
+    prompt: str | generation_pb2.Prompt,
+    *,
+    timeout_s: float = _REQUEST_S,
+    into: Answer | None = None,
     **fields: Any,
 ) -> Answer:
     """Run one request to its end; `fields` are those of GenerateRequest, `into` keeps what came before a failure.
 
     Raises: grpc.aio.AioRpcError.
-    """  # fmt: skip
-    fields.setdefault("prompt", generation_pb2.Prompt(text=prompt))
+    """
+    given = generation_pb2.Prompt(text=prompt) if isinstance(prompt, str) else prompt
+    request = frontend_pb2.GenerateRequest(prompt=given, **fields)
     answer = Answer() if into is None else into
-    async for response in frontend.Generate(frontend_pb2.GenerateRequest(**fields), timeout=timeout_s):
+    async for response in frontend.Generate(request, timeout=timeout_s):
         match response.WhichOneof("event"):
             case "started":
                 answer.started = response.started

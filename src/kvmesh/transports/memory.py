@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 import numpy.typing as npt
@@ -54,8 +55,12 @@ class MemoryTransport:
             raise TryElsewhereError(
                 Reason.KV_TRANSFER_FAILED, f"blocks of {source.shape[1]} bytes cannot be pulled into {target.shape[1]}"
             )
-        if source_block_ids and not 0 <= min(source_block_ids) <= max(source_block_ids) < source.shape[0]:
-            raise TryElsewhereError(Reason.KV_TRANSFER_FAILED, f"{agent_name} has no such block")
+        if len(source_block_ids) != len(target_block_ids):
+            raise TryElsewhereError(
+                Reason.KV_TRANSFER_FAILED, f"{len(source_block_ids)} blocks do not fit into {len(target_block_ids)}"
+            )
+        if not _holds(source, source_block_ids) or not _holds(target, target_block_ids):
+            raise TryElsewhereError(Reason.KV_TRANSFER_FAILED, f"{agent_name} or the puller has no such block")
         size = len(source_block_ids) * int(source.shape[1])
         if size <= INLINE_BYTES:
             _copy(source, source_block_ids, target, target_block_ids)
@@ -81,8 +86,14 @@ async def _copy_in_thread(
     try:
         await asyncio.shield(copying)
     except asyncio.CancelledError:
-        await asyncio.wait([copying])
+        while not copying.done():
+            with suppress(asyncio.CancelledError):  # a second one: raised below, once nobody writes any more
+                await asyncio.wait([copying])
         raise
+
+
+def _holds(pool: npt.NDArray[np.uint8], block_ids: Sequence[int]) -> bool:
+    return not block_ids or (min(block_ids) >= 0 and max(block_ids) < pool.shape[0])
 
 
 def _copy(

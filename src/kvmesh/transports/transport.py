@@ -31,8 +31,10 @@ class Transport(Protocol):
     ) -> int:
         """Copy blocks into `target`, shape (total_blocks, bytes_per_block); return the bytes moved.
 
-        The caller bounds the time. Raises: TryElsewhereError(KV_TRANSFER_FAILED) when the source is gone or a block is
-        not in it; the target blocks are then in no defined state.
+        The caller bounds the time; once cancelled, this returns when nothing writes to `target` any more.
+
+        Raises: TryElsewhereError(KV_TRANSFER_FAILED) when the source is gone, has blocks of another size, or a block is
+        not there; the target blocks are then in no defined state, all others are as before.
         """
 
     async def aclose(self) -> None:

@@ -1,0 +1,148 @@
+"""Workers that die, and requests nobody can serve: answered elsewhere, or a typed error within its bound."""
+
+import asyncio
+
+import grpc
+import pytest
+
+from kvmesh import telemetry
+from kvmesh.core.errors import MeshError, Reason
+from kvmesh.runtime.mesh import Mesh
+from kvmesh.runtime.worker import Worker
+from kvmesh.testing.held_engine import HeldEngine, held_plan
+from kvmesh.testing.mesh import Answer, generate, open_frontend, read_baseline, running_mesh, wait_for_baseline
+from kvmesh.v1 import frontend_pb2, generation_pb2
+from kvmesh.wire.error_catalog import from_rpc_error
+
+WITHIN_S = 10.0
+MANY = 1_000
+"""Steps: more than any request here takes."""
+
+
+def error_of(failure: BaseException) -> MeshError:
+    assert isinstance(failure, grpc.aio.AioRpcError)
+    return from_rpc_error(failure)
+
+
+async def busy_worker(mesh: Mesh) -> Worker:
+    """Wait until a decode worker runs a request."""
+    async with asyncio.timeout(WITHIN_S):
+        while True:
+            for worker in mesh.workers:
+                if (await worker.describe()).requests:
+                    return worker
+            await mesh.gateway.router.changed(until=asyncio.get_running_loop().time() + 0.05)
+
+
+def node_of(worker: Worker) -> str:
+    return worker.identity.worker_id.split("/")[0]
+
+
+def release(engines: dict[str, HeldEngine]) -> None:
+    for engine in engines.values():
+        engine.allow(MANY)
+
+
+async def test_a_worker_that_dies_before_the_first_token_is_replaced() -> None:
+    plan, engines = held_plan()
+    async with running_mesh(plan=plan, mesh__prefill=0) as mesh, open_frontend(mesh) as frontend:
+        retries = telemetry.REQUEST_RETRIES._value.get()
+        asked = asyncio.create_task(generate(frontend, "Survive me please"))
+        dying = await busy_worker(mesh)
+
+        await dying.aclose()
+        release(engines)
+        answer = await asked
+
+        assert answer.started.attempt == 2
+        assert answer.started.worker_id != dying.identity.worker_id
+        survivor = answer.started.worker_id.split("/")[0]
+        assert answer.text == f"Survive me please_GeneratedBy_{survivor}"
+        assert answer.finished is not None
+        assert telemetry.REQUEST_RETRIES._value.get() == retries + 1
+        await nothing_is_held(mesh)
+
+
+async def test_a_worker_that_dies_after_the_first_token_ends_its_requests_with_worker_lost() -> None:
+    plan, engines = held_plan(steps=1)
+    async with running_mesh(plan=plan, mesh__prefill=0) as mesh, open_frontend(mesh) as frontend:
+        call = frontend.Generate(
+            frontend_pb2.GenerateRequest(prompt=generation_pb2.Prompt(text="One word and no more")), timeout=WITHIN_S
+        )
+        events = aiter(call)
+        started = (await anext(events)).started
+        first = (await anext(events)).chunk
+
+        await (await busy_worker(mesh)).aclose()
+        release(engines)
+        with pytest.raises(grpc.aio.AioRpcError) as lost:
+            await anext(events)
+
+        assert started.attempt == 1
+        assert first.text == "One "
+        error = error_of(lost.value)
+        assert error.reason is Reason.WORKER_LOST
+        await nothing_is_held(mesh)
+
+
+async def test_a_request_that_two_workers_lost_is_not_given_to_a_third() -> None:
+    plan, engines = held_plan()
+    async with running_mesh(plan=plan, mesh__decode=3, mesh__prefill=0) as mesh, open_frontend(mesh) as frontend:
+        asked = asyncio.create_task(generate(frontend, "Poison"))
+
+        first = await busy_worker(mesh)
+        await first.aclose()
+        async with asyncio.timeout(WITHIN_S):
+            while True:
+                second = await living_busy_worker(mesh, dead=first)
+                if second is not None:
+                    break
+                await mesh.gateway.router.changed(until=asyncio.get_running_loop().time() + 0.05)
+        await second.aclose()
+        with pytest.raises(grpc.aio.AioRpcError) as lost:
+            await asked
+
+        assert error_of(lost.value).reason in {Reason.WORKER_LOST, Reason.DRAINING}
+        assert mesh.topology().counters.failed == 1
+        release(engines)
+        await nothing_is_held(mesh)
+
+
+async def living_busy_worker(mesh: Mesh, *, dead: Worker) -> Worker | None:
+    for worker in mesh.workers:
+        if worker is not dead and (await worker.describe()).requests:
+            return worker
+    return None
+
+
+async def test_without_any_worker_a_request_waits_for_one_and_ends_with_no_workers() -> None:
+    async with running_mesh(mesh__prefill=0, waits__route_s=0.5) as mesh, open_frontend(mesh) as frontend:
+        ended = telemetry.WAIT_ENDED.labels(wait="route_s")._value.get()
+        for worker in mesh.workers:
+            await worker.stop()
+        began = asyncio.get_running_loop().time()
+
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await generate(frontend, "Anybody?", model="echo")
+
+        waited_s = asyncio.get_running_loop().time() - began
+        assert error_of(refused.value).reason is Reason.NO_WORKERS
+        assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert 0.5 <= waited_s < WITHIN_S
+        assert telemetry.WAIT_ENDED.labels(wait="route_s")._value.get() == ended + 1
+
+
+async def test_a_model_that_nobody_serves_is_refused_at_once() -> None:
+    async with running_mesh(mesh__prefill=0, waits__route_s=20.0) as mesh, open_frontend(mesh) as frontend:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await generate(frontend, "Hello", model="gpt-9", timeout_s=WITHIN_S)
+
+        assert error_of(refused.value).reason is Reason.UNKNOWN_MODEL
+        assert refused.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+async def nothing_is_held(mesh: Mesh) -> None:
+    """Wait until no living worker, booking or queue holds anything."""
+    found = await read_baseline(mesh)
+    empty = type(found)(workers={worker_id: type(one)() for worker_id, one in found.workers.items()})
+    await wait_for_baseline(mesh, empty, within_s=WITHIN_S)

@@ -1,0 +1,182 @@
+"""Queries, progress and answers of the router, between protobuf and core."""
+
+from typing import Any
+
+import pytest
+
+from kvmesh.core.candidates import Candidate, RoutingQuery, Scored, Selection, Terms
+from kvmesh.core.errors import FixRequestError, Reason
+from kvmesh.core.ids import AttemptKey, Epoch, RequestId, WorkerId, WorkerRank
+from kvmesh.core.roster import WorkerRecord
+from kvmesh.v1 import generation_pb2, router_pb2
+from kvmesh.wire.routing import Progress, key_from_proto, progress_from_proto, query_from_proto
+from kvmesh.wire.routing_answers import explanation_to_proto, selected_worker_to_proto
+
+SEQUENCE_OF_64 = (15310707395893867146, 13769157705258532664, 11879827756109914528, 3888788807566526800)
+"""Published hashes of the tokens 0 to 63 in blocks of 16."""
+
+
+def proto(**fields: Any) -> router_pb2.RoutingQuery:
+    return router_pb2.RoutingQuery(model="m", **fields)
+
+
+def tokens(*ids: int) -> generation_pb2.TokenIds:
+    return generation_pb2.TokenIds(token_ids=ids)
+
+
+def test_tokens_are_counted_and_hashed_for_every_block_size() -> None:
+    query = query_from_proto(proto(token_ids=tokens(*range(64)), prompt_tokens=9), block_sizes={16, 64})
+
+    assert query.prompt_tokens == 64
+    assert query.block_hashes == {16: SEQUENCE_OF_64, 64: (3480597578098033343,)}
+
+
+def test_lora_and_cache_namespace_are_part_of_the_identity() -> None:
+    hints = generation_pb2.RoutingHints(lora="adapter-a", cache_namespace="tenant-a")
+
+    query = query_from_proto(proto(token_ids=tokens(0, 1, 2, 3), hints=hints), block_sizes={4})
+
+    assert query.block_hashes == {4: (8269515957840517240,)}
+    assert (query.lora, query.cache_namespace) == ("adapter-a", "tenant-a")
+
+
+def test_text_is_hashed_over_its_utf8_bytes() -> None:
+    of_text = query_from_proto(proto(text="é="), block_sizes={3})
+    of_bytes = query_from_proto(proto(token_ids=tokens(0xC3, 0xA9, 0x3D)), block_sizes={3})
+
+    assert of_text.prompt_tokens == 3
+    assert of_text.block_hashes == of_bytes.block_hashes
+    assert of_text.prompt_text == "é="
+
+
+def test_given_hashes_are_taken_as_they_are() -> None:
+    hashes = router_pb2.BlockHashes(block_size=16, sequence_hashes=[1, 2])
+
+    query = query_from_proto(proto(block_hashes=hashes, prompt_tokens=40), block_sizes={16})
+
+    assert (query.prompt_tokens, query.block_hashes) == (40, {16: (1, 2)})
+
+
+def test_unset_fields_are_none_and_set_ones_are_kept() -> None:
+    hints = generation_pb2.RoutingHints(
+        pinned_worker_id="w",
+        allowed_worker_ids=["a"],
+        excluded_worker_ids=["b", "c"],
+        required_labels={"zone": "x"},
+        session_id="s",
+        priority=0,
+        cost=generation_pb2.CostOverrides(overlap_credit=0),
+    )
+
+    bare = query_from_proto(proto(text="x"), block_sizes=())
+    full = query_from_proto(proto(text="x", hints=hints, expected_output_tokens=5), block_sizes=())
+
+    assert (bare.hints.pinned_worker, bare.hints.session_id, bare.expected_output_tokens) == (None, None, None)
+    assert (bare.hints.priority, bare.hints.overrides.overlap_credit) == (10, None)
+    assert (full.hints.pinned_worker, full.hints.session_id, full.expected_output_tokens) == ("w", "s", 5)
+    assert (full.hints.priority, full.hints.overrides.overlap_credit) == (0, 0.0)
+    assert full.hints.overrides.temperature is None
+    assert sorted(full.hints.allowed_workers) == ["a"]
+    assert sorted(full.hints.excluded_workers) == ["b", "c"]
+    assert full.hints.required_labels == {"zone": "x"}
+
+
+@pytest.mark.parametrize(
+    ("query", "field"),
+    [
+        (router_pb2.RoutingQuery(text="x"), "query.model"),
+        (proto(), "query"),
+        (proto(block_hashes=router_pb2.BlockHashes(block_size=16)), "query.prompt_tokens"),
+        (proto(block_hashes=router_pb2.BlockHashes(), prompt_tokens=1), "query.block_hashes.block_size"),
+        (proto(block_hashes=router_pb2.BlockHashes(block_size=8), prompt_tokens=1), "query.block_hashes.block_size"),
+        (
+            proto(block_hashes=router_pb2.BlockHashes(block_size=16, sequence_hashes=[1, 2]), prompt_tokens=31),
+            "query.block_hashes.sequence_hashes",
+        ),
+        (
+            proto(text="x", hints={"cost": {"temperature": -1}}),
+            "query.hints.cost.temperature",
+        ),
+    ],
+)
+def test_bad_query_is_refused_naming_the_field(query: router_pb2.RoutingQuery, field: str) -> None:
+    with pytest.raises(FixRequestError) as caught:
+        query_from_proto(query, block_sizes={16})
+
+    assert (caught.value.reason, caught.value.field) == (Reason.INVALID_FIELD, field)
+
+
+@pytest.mark.parametrize("query", [proto(text=""), proto(token_ids=tokens())])
+def test_empty_prompt_is_refused(query: router_pb2.RoutingQuery) -> None:
+    with pytest.raises(FixRequestError) as caught:
+        query_from_proto(query, block_sizes={16})
+
+    assert caught.value.reason is Reason.EMPTY_PROMPT
+
+
+def test_hashes_of_any_size_pass_while_nobody_serves_the_model() -> None:
+    hashes = router_pb2.BlockHashes(block_size=8, sequence_hashes=[1])
+
+    query = query_from_proto(proto(block_hashes=hashes, prompt_tokens=8), block_sizes=())
+
+    assert query.block_hashes == {8: (1,)}
+
+
+@pytest.mark.parametrize(("request_id", "attempt", "field"), [("", 1, "key.request_id"), ("r", 0, "key.attempt")])
+def test_bad_key_is_refused_naming_the_field(request_id: str, attempt: int, field: str) -> None:
+    with pytest.raises(FixRequestError) as caught:
+        key_from_proto(request_id, attempt, path="key.")
+
+    assert caught.value.field == field
+
+
+def test_progress_tells_a_load_sequence_of_zero_from_none() -> None:
+    line = router_pb2.ReservationProgress(request_id="r", attempt=2, prefill_complete=True, output_blocks=3)
+    with_zero = router_pb2.ReservationProgress(request_id="r", attempt=2, accepted_load_sequence=0)
+    key = AttemptKey(RequestId("r"), 2)
+
+    assert progress_from_proto(line, path="") == Progress(key=key, prefill_complete=True, output_blocks=3)
+    assert progress_from_proto(with_zero, path="") == Progress(key=key, accepted_load_sequence=0)
+
+
+def test_explanation_shows_every_candidate_by_cost_and_who_was_rejected() -> None:
+    cheap, dear, drained = (WorkerRank(WorkerId(name)) for name in ("cheap", "dear", "drained"))
+    terms = Terms(prefill_blocks=4, credit_blocks=1, prefill_cost=3, decode_cost=5, request_cost=0)
+    selection = Selection(
+        worker=dear,
+        policy="kv_aware",
+        note="drawn",
+        scores=(Scored(cheap, 8.0, terms), Scored(dear, 9.0)),
+        cost=9.0,
+        query=RoutingQuery(model="m", prompt_tokens=64),
+        candidates=(
+            Candidate(worker=cheap, block_size=16, overlap_blocks=1, load_age_s=1.5, index_age_s=0.25, active_blocks=5),
+            Candidate(worker=dear, block_size=16, load_age_s=9.0),
+        ),
+        excluded=((Candidate(worker=drained, block_size=16), "draining"),),
+        is_staleness_ignored=True,
+    )
+
+    explanation = explanation_to_proto(selection, unreported={dear})
+
+    first, second = explanation.candidates
+    assert (first.worker_id, first.cost, second.worker_id, second.cost) == ("cheap", 8.0, "dear", 9.0)
+    assert (second.lost, bool(first.lost)) == ("", True)
+    assert (first.terms["overlap_blocks"], first.terms["prefill_cost"], first.terms["decode_blocks"]) == (1, 3, 5)
+    assert (first.load_age.ToMilliseconds(), first.kv_age.ToMilliseconds()) == (1500, 250)
+    assert not second.HasField("load_age")
+    assert not second.HasField("kv_age")
+    assert [(rejected.worker_id, rejected.reason) for rejected in explanation.rejected] == [("drained", "draining")]
+    assert (explanation.worker_id, explanation.policy, explanation.prompt_tokens) == ("dear", "kv_aware", 64)
+    assert explanation.staleness_ignored
+
+
+def test_selected_worker_carries_where_it_serves() -> None:
+    selection = Selection(worker=WorkerRank(WorkerId("w"), 1), policy="p", epoch=Epoch(7), overlap_blocks=2, cost=1.5)
+    record = WorkerRecord(worker_id=WorkerId("w"), epoch=Epoch(7), models=("m",), block_size=16, address="host:1")
+
+    selected = selected_worker_to_proto(selection, record)
+
+    assert selected == router_pb2.SelectedWorker(
+        worker_id="w", epoch=7, rank=1, address="host:1", overlap_blocks=2, block_size=16, cost=1.5
+    )
