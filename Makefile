@@ -74,8 +74,8 @@ protos: .venv-protos/.installed build/googleapis ## Generate the Python code of 
 	  $(PROTO_FILES)
 
 lock: $(VENV)/.installed ## Resolve the lock files anew
-	$(UV) pip compile --quiet --upgrade --universal --generate-hashes --no-annotate --no-header pyproject.toml -o requirements.lock
-	$(UV) pip compile --quiet --upgrade --universal --generate-hashes --no-annotate --no-header pyproject.toml --group dev -o requirements-dev.lock
+	$(UV) pip compile --quiet --upgrade --universal --generate-hashes --no-annotate --no-header --extra etcd pyproject.toml -o requirements.lock
+	$(UV) pip compile --quiet --upgrade --universal --generate-hashes --no-annotate --no-header --extra etcd pyproject.toml --group dev -o requirements-dev.lock
 	$(UV) pip compile --quiet --upgrade --universal --generate-hashes --no-annotate --no-header --group protos -o requirements-protos.lock
 
 clean: ## Remove what was installed and built

@@ -10,7 +10,7 @@ from kvmesh.core.errors import MeshError, Reason
 from kvmesh.runtime.mesh import Mesh
 from kvmesh.runtime.worker import Worker
 from kvmesh.testing.held_engine import HeldEngine, held_plan
-from kvmesh.testing.mesh import Answer, generate, open_frontend, read_baseline, running_mesh, wait_for_baseline
+from kvmesh.testing.mesh import generate, open_frontend, read_baseline, running_mesh, wait_for_baseline
 from kvmesh.v1 import frontend_pb2, generation_pb2
 from kvmesh.wire.error_catalog import from_rpc_error
 
@@ -24,18 +24,14 @@ def error_of(failure: BaseException) -> MeshError:
     return from_rpc_error(failure)
 
 
-async def busy_worker(mesh: Mesh) -> Worker:
-    """Wait until a decode worker runs a request."""
+async def busy_worker(mesh: Mesh, *, but: Worker | None = None) -> Worker:
+    """Wait until a decode worker runs a request, another than `but`."""
     async with asyncio.timeout(WITHIN_S):
         while True:
             for worker in mesh.workers:
-                if (await worker.describe()).requests:
+                if worker is not but and (await worker.describe()).requests:
                     return worker
             await mesh.gateway.router.changed(until=asyncio.get_running_loop().time() + 0.05)
-
-
-def node_of(worker: Worker) -> str:
-    return worker.identity.worker_id.split("/")[0]
 
 
 def release(engines: dict[str, HeldEngine]) -> None:
@@ -63,7 +59,32 @@ async def test_a_worker_that_dies_before_the_first_token_is_replaced() -> None:
         await nothing_is_held(mesh)
 
 
-async def test_a_worker_that_dies_after_the_first_token_ends_its_requests_with_worker_lost() -> None:
+def break_engine(worker: Worker, engines: dict[str, HeldEngine]) -> None:
+    engines[worker.identity.worker_id.split("/")[0]].break_down()
+
+
+async def test_a_request_whose_engine_breaks_before_the_first_token_is_answered_by_another() -> None:
+    plan, engines = held_plan()
+    async with running_mesh(plan=plan, mesh__prefill=0) as mesh, open_frontend(mesh) as frontend:
+        asked = asyncio.create_task(generate(frontend, "Survive me too"))
+        broken = await busy_worker(mesh)
+
+        break_engine(broken, engines)
+        release(engines)
+        answer = await asked
+
+        assert answer.started.attempt == 2
+        assert answer.started.worker_id != broken.identity.worker_id
+        assert answer.text.startswith("Survive me too_GeneratedBy_")
+
+
+@pytest.mark.parametrize(
+    ("ends", "reasons"),
+    [("engine", {Reason.WORKER_LOST}), ("worker", {Reason.WORKER_LOST, Reason.DRAINING})],
+)
+async def test_a_request_whose_worker_ends_after_the_first_token_fails_typed_and_says_no_more(
+    ends: str, reasons: set[Reason]
+) -> None:
     plan, engines = held_plan(steps=1)
     async with running_mesh(plan=plan, mesh__prefill=0) as mesh, open_frontend(mesh) as frontend:
         call = frontend.Generate(
@@ -73,15 +94,20 @@ async def test_a_worker_that_dies_after_the_first_token_ends_its_requests_with_w
         started = (await anext(events)).started
         first = (await anext(events)).chunk
 
-        await (await busy_worker(mesh)).aclose()
-        release(engines)
+        ending = await busy_worker(mesh)
+        if ends == "engine":
+            break_engine(ending, engines)
+        else:
+            await ending.aclose()
+        rest = []
         with pytest.raises(grpc.aio.AioRpcError) as lost:
-            await anext(events)
+            rest += [event async for event in events]
 
+        assert rest == []
         assert started.attempt == 1
         assert first.text == "One "
-        error = error_of(lost.value)
-        assert error.reason is Reason.WORKER_LOST
+        assert error_of(lost.value).reason in reasons
+        assert lost.value.code() is grpc.StatusCode.UNAVAILABLE
         await nothing_is_held(mesh)
 
 
@@ -92,12 +118,7 @@ async def test_a_request_that_two_workers_lost_is_not_given_to_a_third() -> None
 
         first = await busy_worker(mesh)
         await first.aclose()
-        async with asyncio.timeout(WITHIN_S):
-            while True:
-                second = await living_busy_worker(mesh, dead=first)
-                if second is not None:
-                    break
-                await mesh.gateway.router.changed(until=asyncio.get_running_loop().time() + 0.05)
+        second = await busy_worker(mesh, but=first)
         await second.aclose()
         with pytest.raises(grpc.aio.AioRpcError) as lost:
             await asked
@@ -106,13 +127,6 @@ async def test_a_request_that_two_workers_lost_is_not_given_to_a_third() -> None
         assert mesh.topology().counters.failed == 1
         release(engines)
         await nothing_is_held(mesh)
-
-
-async def living_busy_worker(mesh: Mesh, *, dead: Worker) -> Worker | None:
-    for worker in mesh.workers:
-        if worker is not dead and (await worker.describe()).requests:
-            return worker
-    return None
 
 
 async def test_without_any_worker_a_request_waits_for_one_and_ends_with_no_workers() -> None:

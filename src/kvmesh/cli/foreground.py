@@ -90,7 +90,7 @@ async def _start(mesh: ForegroundMesh) -> None:
     except PortTakenError:
         raise  # says what to do
     except OSError as exc:
-        raise CommandFailed(f"cannot listen: {exc.strerror or exc}: check --http-host and --grpc-host") from exc
+        raise CommandFailed(f"{exc.strerror or exc}: check --http-host and --grpc-host") from exc
 
 
 async def show_by_log(mesh: ForegroundMesh) -> None:

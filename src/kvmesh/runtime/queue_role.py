@@ -36,6 +36,11 @@ class QueueRole:
         """The queue itself."""
         return self._queue
 
+    @property
+    def address(self) -> str:
+        """HOST:PORT, once started."""
+        return self._identity.address
+
     async def start(self, host: str, port: int = 0) -> None:
         """Listen, then register. Raises: PortTakenError, or what discovery raises."""
         bound = await self._server.start(host, port)

@@ -15,6 +15,11 @@ class HeldEngine(EchoEngine):
         """Produce words in the first `steps` steps, then none until more are allowed."""
         super().__init__(node_name=node_name)
         self.steps_left = steps
+        self._breaks = False
+
+    def break_down(self) -> None:
+        """Make the next step raise, as an engine does whose device is gone."""
+        self._breaks = True
 
     def allow(self, steps: int) -> None:
         """Let it go on; may be called from any thread while a test is the only caller."""
@@ -22,6 +27,8 @@ class HeldEngine(EchoEngine):
 
     def step(self) -> StepResult:
         """Produce the next word of every request, or nothing while held."""
+        if self._breaks:
+            raise RuntimeError("this engine was broken by a test")
         if self.steps_left <= 0:
             return StepResult(duration_s=_HELD_STEP_S)
         self.steps_left -= 1
