@@ -5,7 +5,7 @@ import random
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
@@ -18,7 +18,7 @@ from kvmesh.v1 import frontend_pb2, generation_pb2
 if TYPE_CHECKING:
     from kvmesh.v1.frontend_pb2_grpc import FrontendAsyncStub
 
-SIMULATED = {
+SIMULATED: dict[str, Any] = {
     "engine__name": "simulated",
     "engine__options__block_size": "16",
     "remote_prefill__min_uncached_tokens": 16,
@@ -27,6 +27,8 @@ LONG = 100_000
 """Output tokens: a request that ends only when somebody ends it."""
 BOUND_S = 30.0
 STREAMS = 200
+PIN_S = 5.0
+"""A handoff whose receiver went away while it was on its way is given back by time alone."""
 STORM_S = 4.0
 """The longest that one of them lives."""
 
@@ -147,7 +149,7 @@ async def test_a_client_that_hung_up_before_the_first_token_leaves_nothing(talk:
 async def test_after_a_storm_of_cancelled_streams_nothing_is_held_and_a_probe_succeeds(seed: int) -> None:
     rng = random.Random(seed)
     async with (
-        running_mesh(mesh__decode=2, mesh__prefill=1, waits__request_s=60.0, **SIMULATED) as mesh,
+        running_mesh(mesh__decode=2, mesh__prefill=1, waits__request_s=60.0, waits__pin_s=PIN_S, **SIMULATED) as mesh,
         open_clients(mesh) as clients,
     ):
         baseline = await read_baseline(mesh)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from kvmesh.v1.frontend_pb2_grpc import FrontendAsyncStub
     from kvmesh.v1.router_pb2_grpc import RouterAsyncStub
 
-SIMULATED = {"engine__name": "simulated", "engine__speedup": 0, "engine__options__block_size": "16"}
+SIMULATED: dict[str, Any] = {"engine__name": "simulated", "engine__speedup": 0, "engine__options__block_size": "16"}
 PROMPT = list(range(64, 96)) * 8
 """256 tokens: 16 blocks."""
 ASK_S = 10.0
@@ -63,7 +63,7 @@ async def test_a_request_that_asks_why_is_told_of_every_candidate_and_its_terms(
         assert explanation.policy == "kv_aware"
         assert explanation.worker_id == answer.started.worker_id
         assert sorted(candidate.worker_id for candidate in explanation.candidates) == DECODE_IDS
-        assert all(TERMS <= candidate.terms.keys() for candidate in explanation.candidates)
+        assert all(candidate.terms.keys() >= TERMS for candidate in explanation.candidates)
         winners = [candidate.worker_id for candidate in explanation.candidates if not candidate.lost]
         assert winners == [answer.started.worker_id]
         assert explanation.prompt_tokens == 100
@@ -112,9 +112,7 @@ async def test_potential_loads_and_overlaps_follow_what_a_worker_caches() -> Non
             while not (overlaps := await overlaps_of(doors)).get(served.started.worker_id):
                 await doors.mesh.gateway.router.changed()
 
-        loads = await doors.router.GetPotentialLoads(
-            router_pb2.GetPotentialLoadsRequest(query=query()), timeout=ASK_S
-        )
+        loads = await doors.router.GetPotentialLoads(router_pb2.GetPotentialLoadsRequest(query=query()), timeout=ASK_S)
         rest_loads = await doors.http.post("/mesh/v1/router:potentialLoads", json=QUERY_JSON)
         rest_overlaps = await doors.http.post("/mesh/v1/router:overlaps", json=QUERY_JSON)
 

@@ -1,6 +1,7 @@
-"""The simulated engine: prompts go where their prefix is cached, and what the router predicts is what the worker has."""
+"""The simulated engine: prompts go where their prefix is cached, and the worker holds what the router predicted."""
 
 import asyncio
+from typing import Any
 
 from kvmesh.runtime.mesh import Mesh
 from kvmesh.testing.mesh import Answer, generate, open_frontend, read_baseline, running_mesh, wait_for_baseline
@@ -11,7 +12,7 @@ BLOCK_TOKENS = 16
 PROMPT_TOKENS = 320
 CAP_TOKENS = 304
 """Full blocks that may be reused: the last token is always computed, so block 20 of 20 is not."""
-SIMULATED = {
+SIMULATED: dict[str, Any] = {
     "engine__name": "simulated",
     "engine__speedup": 0,
     "engine__options__block_size": str(BLOCK_TOKENS),
@@ -91,14 +92,14 @@ async def test_a_remote_prefill_moves_the_blocks_once_and_the_repeat_needs_none(
 
 
 async def test_a_remote_prefill_gives_the_tokens_that_a_local_one_gives() -> None:
-    asked = {"sampling": generation_pb2.SamplingParams(max_tokens=24, temperature=0, seed=7)}
+    greedy = generation_pb2.SamplingParams(max_tokens=24, temperature=0, seed=7)
     answers = []
     for prefill in (0, 1):
         async with (
             running_mesh(mesh__decode=1, mesh__prefill=prefill, **SIMULATED) as mesh,
             open_frontend(mesh) as frontend,
         ):
-            answers.append(await generate(frontend, prompt_of("y"), **asked))
+            answers.append(await generate(frontend, prompt_of("y"), sampling=greedy))
 
     local, remote = answers
     assert (local.started.prefill.remote, remote.started.prefill.remote) == (False, True)

@@ -70,7 +70,7 @@ async def test_the_prefill_worker_takes_every_task_of_the_disaggregated_walkthro
         assert topology.counters.remote_prefills == len(PROMPTS)
         assert topology.counters.local_prefills == 0
         assert topology.queue.completed == len(PROMPTS)
-        counters = {worker.identity.worker_id: (await worker.describe()).counters for worker in mesh.workers}
+        counters = {str(worker.identity.worker_id): (await worker.describe()).counters for worker in mesh.workers}
         assert counters["NODE3/prefill/0"]["tasks"] == len(PROMPTS)
         assert counters["NODE1/decode/0"]["remote_prefills"] + counters["NODE2/decode/1"]["remote_prefills"] == 4
 

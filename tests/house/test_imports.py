@@ -27,7 +27,8 @@ ALLOWED = {
         "core", "wire", "telemetry", "tokenizing", "services", "gateway",
         "engines.engine", "transports.transport", "discovery.discovery",
     },
-    "cli": {"core", "wire", "telemetry", "services", "runtime"},
+    "replay": {"core", "wire", "services.channels"},
+    "cli": {"core", "wire", "telemetry", "services", "runtime", "replay"},
     "testing": {"core", "wire", "telemetry", "tokenizing", "services", "runtime", "engines", "transports", "discovery"},
 }  # fmt: skip
 # The composition root alone names implementations.

@@ -13,8 +13,8 @@ from kvmesh.core.errors import Reason
 from kvmesh.core.hashing import local_block_hashes, sequence_hashes
 from kvmesh.core.ids import Epoch, WorkerId
 from kvmesh.core.lease_limits import QueueLimits
+from kvmesh.core.remote_prefill import RemotePrefillRules
 from kvmesh.core.roster import WorkerRecord, WorkerRole
-from kvmesh.core.waits import Waits
 from kvmesh.runtime.worker import Worker
 from kvmesh.testing.worker_group import (
     BLOCK_BYTES,
@@ -29,7 +29,6 @@ from kvmesh.testing.worker_group import (
     HeldTransport,
     WorkerGroup,
     eventually,
-    held,
     request,
     worker_group,
 )
@@ -61,7 +60,7 @@ async def group() -> AsyncIterator[WorkerGroup]:
         yield group
 
 
-async def local_answer(group: WorkerGroup) -> Answer:
+async def local_answer() -> Answer:
     """What a worker answers that is on its own."""
     async with worker_group() as alone:
         return await alone.generate(await alone.add_decode(), request("alone"))
@@ -118,9 +117,7 @@ async def real_handoff(group: WorkerGroup, worker: Worker) -> generation_pb2.KvH
     task = prefill_queue_pb2.PrefillTask(
         request_id="direct", attempt=1, token_ids=generation_pb2.TokenIds(token_ids=PROMPT)
     )
-    call = group.direct(worker).Generate(
-        prefill_worker_pb2.PrefillWorkerGenerateRequest(task=task), timeout=GENEROUS_S
-    )
+    call = group.direct(worker).Generate(prefill_worker_pb2.PrefillWorkerGenerateRequest(task=task), timeout=GENEROUS_S)
     return [response async for response in call][-1].handoff
 
 
@@ -128,7 +125,7 @@ async def test_blocks_move_and_the_answer_is_the_local_one(group: WorkerGroup) -
     await group.add_queue()
     engine = HeldSimulatedEngine()
     prefill, decode = await group.add_prefill(), await group.add_decode(engine)
-    expected = await local_answer(group)
+    expected = await local_answer()
 
     answer = await group.generate(decode, request("r"))
 
@@ -156,9 +153,9 @@ async def test_received_blocks_are_told_to_routers_once_and_together(group: Work
     await group.generate(decode, request("r"))
     stored: list[tuple[int, ...]] = []
     async for message in watch:
-        for event in message.events:
-            if event.WhichOneof("event") == "stored":
-                stored.append(tuple(event.stored.block_hashes))
+        stored += [
+            tuple(event.stored.block_hashes) for event in message.events if event.WhichOneof("event") == "stored"
+        ]
         if sum(map(len, stored)) >= BLOCKS:
             break
     watch.cancel()
@@ -232,13 +229,13 @@ async def test_bad_handoff_is_dropped_and_the_request_runs_locally(
     group: WorkerGroup, change: Change, reason: str
 ) -> None:
     # The holder is no party to the queue: it is asked directly, and what it hands over is changed on the way.
-    holder = await group.add_prefill(waits=replace(WAITS, pin_s=5.0))
+    holder = await group.add_prefill(waits=replace(WAITS, pin_s=2.0), namespace="aside")
     await group.add_queue()
     stranger = await Stranger.attach(group)
     decode = await group.add_decode()
     handoff = await real_handoff(group, holder)
     change(handoff)
-    expected = await local_answer(group)
+    expected = await local_answer()
 
     async def play() -> None:
         leased = await stranger.lease()
@@ -327,9 +324,7 @@ async def test_remote_prefill_takes_at_most_a_quarter_of_what_remains(group: Wor
 async def test_transfer_that_takes_too_long_is_given_up(group: WorkerGroup) -> None:
     await group.add_queue()
     await group.add_prefill()
-    decode = await group.add_decode(
-        transport=HeldTransport(group.network), waits=replace(WAITS, kv_transfer_s=0.1)
-    )
+    decode = await group.add_decode(transport=HeldTransport(group.network), waits=replace(WAITS, kv_transfer_s=0.1))
 
     answer = await group.generate(decode, request("r"))
 
@@ -380,14 +375,15 @@ async def test_blocks_whose_pin_expired_during_the_pull_are_dropped(group: Worke
 async def test_pool_too_full_for_the_blocks_makes_the_prefill_local(group: WorkerGroup) -> None:
     await group.add_queue()
     await group.add_prefill()
-    decode = await group.add_decode(HeldSimulatedEngine(replace(SMALL, total_blocks=6)))
-    other = tuple(range(500, 512))
-    running = asyncio.ensure_future(group.generate(decode, request("other", tokens=other[:3], max_tokens=9)))
-    await running
+    engine = HeldSimulatedEngine(replace(SMALL, total_blocks=6, speedup=1.0, step_base_s=0.02))
+    decode = await group.add_decode(engine, rules=RemotePrefillRules(min_uncached_tokens=10))
+    occupant = asyncio.ensure_future(group.generate(decode, request("other", tokens=range(500, 508), max_tokens=12)))
+    await group.wait_until(decode, lambda info: info.used_blocks >= 2)
 
-    answer = await group.generate(decode, request("r", max_tokens=3))
+    answer = await group.generate(decode, request("r"))
 
-    assert answer.finished is not None
+    assert decisions(answer) == [(True, "remote"), (False, "fallback_overloaded")]
+    assert (await occupant).finished is not None
     await group.wait_idle()
 
 
@@ -431,7 +427,7 @@ async def test_cancellation_leaks_nothing(group: WorkerGroup, point: str) -> Non
         decode_worker_pb2.DecodeWorkerGenerateRequest(request=request("r")), timeout=GENEROUS_S
     )
     if point == "queued":
-        await eventually(lambda: queue.queue.stats().queued == 1)
+        await eventually(lambda: queue.queue.stats().depth == 1)
     elif point == "computing":
         await eventually(lambda: queue.queue.stats().leased == 1)
     else:
@@ -519,9 +515,3 @@ async def test_worker_that_stops_while_its_blocks_are_fetched_lets_them_be_fetch
 
 def _records(group: WorkerGroup) -> tuple[WorkerRecord, ...]:
     return group.discovery._of(NAMESPACE)
-
-
-async def test_short_waits_are_the_settings_own() -> None:
-    waits = Waits(prefill_s=0.2)
-
-    assert waits.prefill_s == 0.2

@@ -1,7 +1,5 @@
 """`kvmesh config show`: each setting's value, and where it came from."""
 
-# ruff: noqa: PLC0415  # commands import what they need when they run, so that `kvmesh --help` answers at once
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any

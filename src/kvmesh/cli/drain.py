@@ -1,7 +1,5 @@
 """`kvmesh drain`: empty one worker."""
 
-# ruff: noqa: PLC0415  # commands import what they need when they run, so that `kvmesh --help` answers at once
-
 from typing import Annotated
 
 import typer

@@ -1,7 +1,5 @@
 """A mesh in the foreground: until a signal, shown on the terminal or told by log lines."""
 
-# ruff: noqa: PLC0415  # rich is imported only where there is a terminal
-
 import asyncio
 import os
 import signal

@@ -1,7 +1,5 @@
 """`kvmesh generate`: one request, printed as it arrives."""
 
-# ruff: noqa: PLC0415  # commands import what they need when they run, so that `kvmesh --help` answers at once
-
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,7 +10,7 @@ if TYPE_CHECKING:
     from kvmesh.v1 import frontend_pb2, generation_pb2
 
 
-def generate(  # noqa: PLR0917  # the signature is the command's flags; Typer calls it by keyword
+def generate(
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     model: Annotated[str, typer.Option("--model", help="Model; may be left out while the mesh serves one.")] = "",
     max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=1, help="Tokens to produce at most.")] = None,

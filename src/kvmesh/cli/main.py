@@ -1,7 +1,5 @@
 """The `kvmesh` command: what there is, and how every command's failure reaches the terminal and the exit code."""
 
-# ruff: noqa: PLC0415  # commands import what they need when they run, so that `kvmesh --help` answers at once
-
 import difflib
 import os
 import sys
@@ -15,6 +13,7 @@ from kvmesh.cli.drain import drain
 from kvmesh.cli.generate import generate
 from kvmesh.cli.options import examples
 from kvmesh.cli.probe import BAD_FLAGS, probe
+from kvmesh.cli.replay import replay
 from kvmesh.cli.status import status
 from kvmesh.cli.streams import open_closed_streams
 from kvmesh.cli.up import up
@@ -39,6 +38,9 @@ app.command(
     epilog=examples("kvmesh probe 127.0.0.1:50051", "kvmesh probe 127.0.0.1:50051 --service kvmesh.v1.Frontend")
 )(probe)
 app.command(epilog=examples("kvmesh drain NODE1/decode/1", "kvmesh drain NODE1/decode/1 --timeout 5"))(drain)
+app.command(
+    epilog=examples("kvmesh replay conversation_trace.jsonl", "kvmesh replay trace.jsonl --limit 1000 --speed 5 --json")
+)(replay)
 config_app.command("show", epilog=examples("kvmesh config show", "kvmesh config show --config mesh.toml"))(show_config)
 app.add_typer(config_app, name="config")
 

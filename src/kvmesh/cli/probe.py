@@ -1,7 +1,5 @@
 """`kvmesh probe`: one health check, told by the exit code."""
 
-# ruff: noqa: PLC0415  # commands import what they need when they run, so that `kvmesh --help` answers at once
-
 import queue
 import time
 from typing import TYPE_CHECKING, Annotated

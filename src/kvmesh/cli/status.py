@@ -1,7 +1,5 @@
 """`kvmesh status`: the mesh now, as a table or as JSON."""
 
-# ruff: noqa: PLC0415  # commands import what they need when they run, so that `kvmesh --help` answers at once
-
 import json
 from typing import TYPE_CHECKING, Annotated, Any
 

@@ -1,7 +1,5 @@
 """`kvmesh up`: a whole mesh in this process. Every flag is a setting; what a flag leaves open, the settings decide."""
 
-# ruff: noqa: PLC0415  # commands import what they need when they run, so that `kvmesh --help` answers at once
-
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +12,7 @@ if TYPE_CHECKING:
     from kvmesh.runtime.settings import LoadedSettings, Settings
 
 
-def up(  # noqa: PLR0917  # the signature is the command's flags; Typer calls it by keyword
+def up(
     decode: Annotated[int | None, typer.Option(help="Decode workers. [default: 2]", metavar="N")] = None,
     prefill: Annotated[
         int | None, typer.Option(help="Prefill workers; 0 = every prefill is local. [default: 1]", metavar="N")
@@ -128,9 +126,9 @@ def _run(config: Path | None, flags: dict[str, Any]) -> None:
 
 def _serve(loaded: "LoadedSettings[Settings]") -> None:
     import uvloop
-    from kvmesh.runtime.mesh import Mesh
 
     from kvmesh.cli.foreground import serve, set_up_output
+    from kvmesh.runtime.mesh import Mesh
 
     show = set_up_output(loaded.settings.log, level_is_chosen=loaded.origins["log.level"] != "default")
 

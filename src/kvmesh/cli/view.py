@@ -100,6 +100,8 @@ def requests_line(counters: frontend_pb2.TopologyCounters, *, tokens_per_s: floa
     parts = [f"{counters.requests} requests", f"{counters.running} running"]
     if counters.failed:
         parts.append(f"{counters.failed} failed")
+    if counters.cancelled:
+        parts.append(f"{counters.cancelled} cancelled")
     parts.append(f"{counters.completion_tokens} tokens")
     if tokens_per_s is not None:
         parts.append(f"{tokens_per_s:.0f} tokens/s")

@@ -18,6 +18,11 @@ def number(default: float, low: float, high: float) -> Any:
     return field(default=default, metadata={"range": (low, high)})
 
 
+def choice(default: str, *others: str) -> Any:
+    """Declare an option that is one of a few words."""
+    return field(default=default, metadata={"choices": (default, *others)})
+
+
 def invalid_option(name: str, why: str) -> FixRequestError:
     """Return the error of one bad option."""
     return FixRequestError(Reason.INVALID_FIELD, f"{name} {why}", field=name)
@@ -26,6 +31,9 @@ def invalid_option(name: str, why: str) -> FixRequestError:
 def check_ranges(options: Any) -> None:
     """Refuse a value outside of its declared range. Raises: FixRequestError(INVALID_FIELD) naming option and range."""
     for option in fields(options):
+        choices = option.metadata.get("choices")
+        if choices is not None and (word := getattr(options, option.name)) not in choices:
+            raise invalid_option(option.name, f"is {word!r}, not one of {', '.join(choices)}")
         if "range" not in option.metadata:
             continue
         low, high = option.metadata["range"]
@@ -55,6 +63,8 @@ def parse_options(kind: type[T], options: Mapping[str, str], *, engine: str) -> 
 
 def _read(text: str, default: object) -> object:
     assert default is not MISSING
+    if isinstance(default, str):
+        return text
     if isinstance(default, tuple):
         return tuple(token for part in text.split(",") if part.strip() for token in _ids(part))
     if isinstance(default, int):

@@ -10,182 +10,73 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from kvmesh.core.block_claims import BlockClaims, Import, Pin
-from kvmesh.core.block_pool import BlockPool
-from kvmesh.core.errors import ConflictError, FixRequestError, Reason, TryElsewhereError
-from kvmesh.core.ids import AttemptKey, SequenceHash
-from kvmesh.core.kv_events import KvEvent
-from kvmesh.engines.engine import (
-    EngineInfo,
-    EngineLoad,
-    EngineRequest,
-    KvLayout,
-    PoolStats,
-    PromptForm,
-    StepResult,
-)
-from kvmesh.engines.simulated_batch import SPARE_SHARE, SimulatedBatch
+from kvmesh.core.ids import SequenceHash
+from kvmesh.engines.engine import EngineRequest, KvLayout
+from kvmesh.engines.paged_engine import PagedEngine
 from kvmesh.engines.simulated_options import SimulatedOptions
+from kvmesh.engines.simulated_request import SimulatedRequest
+from kvmesh.engines.simulated_tokens import OutputTokens
 
 _WORD = np.dtype("<u8")
 
 
-class SimulatedEngine:
+class SimulatedEngine(PagedEngine[SimulatedRequest]):
     """An engine without a model, exact in blocks; see the port for what each method owes."""
 
     def __init__(self, options: SimulatedOptions | None = None) -> None:
         """Start with an empty cache."""
         options = options or SimulatedOptions()
-        self._memory = np.zeros((options.total_blocks, options.block_bytes), dtype=np.uint8)
-        self._words = self._memory.view(_WORD)
-        self._pool = BlockPool(options.total_blocks)
-        self._claims = BlockClaims(self._pool, reserved_blocks=max(options.total_blocks // SPARE_SHARE, 1))
-        self._batch = SimulatedBatch(options, pool=self._pool, words=self._words, pin_prefix=self._claims.pin_prefix)
-        self._info = EngineInfo(
-            name="simulated",
-            accepts=frozenset({PromptForm.TOKENS}),
+        super().__init__("simulated", options, model=_SimulatedModel(options))
+
+
+class _SimulatedModel:
+    """Writes hashes for KV, and knows what a step would have cost."""
+
+    def __init__(self, options: SimulatedOptions) -> None:
+        self.memory: npt.NDArray[np.uint8] = np.zeros((options.total_blocks, options.block_bytes), dtype=np.uint8)
+        self.vocab_size = options.vocab_size
+        self.eos_token_ids = options.eos_token_ids
+        self.layout = KvLayout(
+            dtype="uint64",
+            layers=1,
             block_size=options.block_size,
-            total_blocks=options.total_blocks,
-            max_sequences=self._batch.max_sequences,
-            max_context_tokens=self._batch.max_context_tokens,
-            vocab_size=options.vocab_size,
-            layout=KvLayout(
-                dtype="uint64",
-                layers=1,
-                block_size=options.block_size,
-                kv_heads=1,
-                head_dim=options.block_bytes // _WORD.itemsize,
-                order="block,word",
-                model_fingerprint="simulated",
-                bytes_per_block=options.block_bytes,
-            ),
-            eos_token_ids=options.eos_token_ids,
+            kv_heads=1,
+            head_dim=options.block_bytes // _WORD.itemsize,
+            order="block,word",
+            model_fingerprint="simulated",
+            bytes_per_block=options.block_bytes,
+        )
+        self._words = self.memory.view(_WORD)
+        self._tokens = OutputTokens(options)
+        self._cost = options.step_cost
+        self._speedup = options.speedup
+
+    def open(self, request: EngineRequest, *, limit: int, arrival: int) -> SimulatedRequest:
+        return SimulatedRequest(
+            request, tokens=self._tokens, block_size=self.layout.block_size, limit=limit, arrival=arrival
         )
 
-    @property
-    def info(self) -> EngineInfo:
-        """What this engine is."""
-        return self._info
+    def compute_prompt(self, request: SimulatedRequest, *, stop: int) -> None:
+        """Nothing to compute: a block's content is written when it is sealed."""
 
-    def submit(self, request: EngineRequest) -> None:
-        """Take a request in."""
-        self._check(request)
-        if request.key in self._batch:
-            raise ConflictError(Reason.ALREADY_EXISTS, f"{request.key} is here")
-        self._batch.add(request)
+    def compute_decode(self, requests: Sequence[SimulatedRequest]) -> None:
+        """Nothing to compute."""
 
-    def cancel(self, key: AttemptKey) -> bool:
-        """Drop a request; what it computed in full blocks stays cached."""
-        return self._batch.remove(key)
+    def seal(self, block: int, block_hash: SequenceHash) -> None:
+        self._words[block] = block_hash
 
-    def has_work(self) -> bool:
-        """Tell whether a step would do anything."""
-        return self._batch.has_work()
+    def blank(self, blocks: Sequence[int]) -> None:
+        self._words[list(blocks)] = 0
 
-    def step(self) -> StepResult:
-        """Run one batch step."""
-        return self._batch.step()
+    def find_wrong(self, blocks: Sequence[int], block_hashes: Sequence[SequenceHash]) -> list[int]:
+        expected = np.array(block_hashes, dtype=_WORD)
+        wrong: list[int] = np.flatnonzero((self._words[list(blocks)] != expected[:, np.newaxis]).any(axis=1)).tolist()
+        return wrong
 
-    def drain_kv_events(self) -> tuple[KvEvent, ...]:
-        """Return and forget the KV events since the last step or drain."""
-        return self._pool.drain_events()
-
-    def load(self) -> EngineLoad:
-        """Return the current figures."""
-        batch, active, total = self._batch, self._pool.active_blocks, self._pool.total_blocks
-        return EngineLoad(
-            active_requests=batch.running,
-            max_requests=batch.max_sequences,
-            active_blocks=active,
-            total_blocks=total,
-            waiting_requests=batch.waiting,
-            cache_usage=active / total,
-            prefix_hit_rate=batch.cached_tokens / batch.prompt_tokens if batch.prompt_tokens else 0.0,
+    def step_s(self, *, decode_sequences: int, decode_blocks: int, prefill_tokens: int) -> float:
+        if not self._speedup:
+            return 0.0
+        step_s = self._cost.step_s(
+            decode_sequences=decode_sequences, decode_blocks=decode_blocks, prefill_tokens=prefill_tokens
         )
-
-    def cached_blocks(self, block_hashes: Sequence[SequenceHash]) -> int:
-        """Count the leading blocks that are cached."""
-        return self._pool.cached_prefix(block_hashes)
-
-    def pin_prefix(self, block_hashes: Sequence[SequenceHash]) -> Pin:
-        """Pin the longest cached prefix."""
-        return self._claims.pin_prefix(block_hashes)
-
-    def unpin(self, pin_id: int) -> None:
-        """Give a pin back."""
-        self._claims.unpin(pin_id)
-
-    def begin_import(self, block_hashes: Sequence[SequenceHash], *, first_block: int) -> Import:
-        """Allocate room for blocks from elsewhere, blank, so that old content cannot pass for what should arrive."""
-        opened = self._claims.begin_import(block_hashes, first_block=first_block)
-        self._words[list(opened.block_ids)] = 0
-        return opened
-
-    def commit_import(
-        self, import_id: int, *, block_hashes: Sequence[SequenceHash], local_hashes: Sequence[int]
-    ) -> Pin:
-        """Make imported blocks prefix cache if each holds the bytes of its hash."""
-        opened = self._claims.open_import(import_id)
-        arrived = self._words[list(opened.block_ids)]
-        expected = np.array(opened.block_hashes, dtype=_WORD)
-        wrong = np.flatnonzero((arrived != expected[:, np.newaxis]).any(axis=1))
-        if len(wrong):
-            self._claims.abort_import(import_id)
-            raise TryElsewhereError(
-                Reason.KV_TRANSFER_FAILED,
-                f"{len(wrong)} of {len(expected)} imported blocks hold other bytes than theirs, first {wrong[0]}",
-            )
-        return self._claims.commit_import(import_id, block_hashes, local_hashes=local_hashes)
-
-    def abort_import(self, import_id: int) -> None:
-        """Free an import's blocks."""
-        self._claims.abort_import(import_id)
-
-    def kv_memory(self) -> npt.NDArray[np.uint8] | None:
-        """Return the pool as bytes, shape (total_blocks, block_bytes)."""
-        return self._memory
-
-    def pool_stats(self) -> PoolStats:
-        """Return the counts for the leak check."""
-        return PoolStats(
-            used_blocks=self._pool.active_blocks,
-            pinned_blocks=self._claims.pinned_blocks,
-            pins=self._claims.pins,
-            imports=self._claims.imports,
-            cached_blocks=self._pool.cached_blocks,
-        )
-
-    def clear_cache(self) -> None:
-        """Forget every cached block that nobody holds, as after a change of weights."""
-        self._pool.clear()
-
-    def check_integrity(self) -> None:
-        """Assert the laws of the pool and of its claims; O(total_blocks), for tests and idle moments."""
-        self._claims.check_integrity()
-
-    def close(self) -> None:
-        """Drop every request."""
-        self._batch.clear()
-
-    def _check(self, request: EngineRequest) -> None:
-        tokens = request.token_ids
-        if tokens is None:
-            raise _invalid("text", "this engine accepts TOKENS")
-        if not len(tokens):
-            raise FixRequestError(Reason.EMPTY_PROMPT, "token_ids: is empty", field="token_ids")
-        if (highest := int(tokens.max())) >= self._info.vocab_size:
-            raise _invalid("token_ids", f"{highest} is not in 0..{self._info.vocab_size - 1}")
-        if len(tokens) >= self._info.max_context_tokens:
-            raise _invalid(
-                "token_ids", f"{len(tokens)} leave no room in a context of {self._info.max_context_tokens} tokens"
-            )
-        if request.sampling.max_tokens < 1:
-            raise _invalid("sampling.max_tokens", f"{request.sampling.max_tokens} is below 1")
-        full_blocks = len(tokens) // self._info.block_size
-        for name, hashes in (("block_hashes", request.block_hashes), ("local_hashes", request.local_hashes)):
-            if len(hashes) != full_blocks:
-                raise _invalid(name, f"{len(hashes)} given, and the prompt has {full_blocks} full blocks")
-
-
-def _invalid(name: str, why: str) -> FixRequestError:
-    return FixRequestError(Reason.INVALID_FIELD, f"{name}: {why}", field=name)
+        return step_s / self._speedup

@@ -1,144 +1,24 @@
-"""One request inside the simulated engine: what it holds, how far it is, and what it says next.
+"""A request of the simulated engine: its output is drawn a chunk at a time, whatever the batch does."""
 
-    waiting -> prefilling -> decoding -> finished
-       ^           |            |
-       +-----------+------------+        preempted: its blocks are given back, its output so far is kept
-
-Positions count tokens of prompt and output together. A sampled token has no KV until the step after it, so a decoding
-request with `produced` tokens has KV for `prompt_tokens + produced - 1` of them.
-"""
-
-import numpy as np
-
-from kvmesh.core.hashing import local_block_hashes, max_overlap_blocks, sequence_hashes
-from kvmesh.core.ids import SequenceHash
-from kvmesh.engines.engine import EngineRequest, FinishReason, Output
+from kvmesh.engines.engine import EngineRequest, FinishReason
+from kvmesh.engines.paged_request import PagedRequest
 from kvmesh.engines.simulated_tokens import CHUNK_TOKENS, OutputTokens
 
 
-class SimulatedRequest:
-    """The state of one request; the batch that runs it owns the blocks in `blocks`."""
+class SimulatedRequest(PagedRequest):
+    """A paged request that draws from `OutputTokens`."""
 
-    __slots__ = (
-        "_block_size",
-        "_ends_with",
-        "_start",
-        "_tokens",
-        "arrival",
-        "blocks",
-        "cached_tokens",
-        "computed",
-        "drawn",
-        "hashes",
-        "key",
-        "limit",
-        "local_hashes",
-        "produced",
-        "prompt_tokens",
-        "quiet",
-        "request",
-        "sealed",
-    )
+    __slots__ = ("_start", "_tokens")
 
     def __init__(
         self, request: EngineRequest, *, tokens: OutputTokens, block_size: int, limit: int, arrival: int
     ) -> None:
-        """Take a request whose output has at most `limit` tokens; `arrival` orders requests by age."""
-        assert request.token_ids is not None
-        self.request = request
-        self.key = request.key
-        self.prompt_tokens = len(request.token_ids)
-        self.arrival = arrival
-        self.hashes = list(request.block_hashes)
-        """Of every full block so far: the prompt's, and those that output has filled."""
-        self.local_hashes = list(request.local_hashes)
-        self.blocks: list[int] = []
-        """Held in the pool, in sequence order; the first `sealed` of them are in the prefix cache."""
-        self.sealed = 0
-        self.computed = 0
-        """While prefilling: tokens with KV."""
-        self.cached_tokens: int | None = None
-        """Set once, when it is first admitted."""
-        self.produced = 0
-        self.drawn: list[int] = []
-        """Output tokens by position, ahead of `produced` by up to a chunk."""
-        self.limit = limit
-        self.quiet = 0
-        """Decode steps from here in which nothing happens but the next token: no block begins or fills, no end."""
-        self._ends_with = FinishReason.LENGTH
+        """Draw from `tokens`; the rest as in `PagedRequest`."""
+        super().__init__(request, block_size=block_size, limit=limit, arrival=arrival)
         self._tokens = tokens
         self._start: int | None = None
-        self._block_size = block_size
 
-    @property
-    def target(self) -> int:
-        """Tokens that a prefill has to compute; more than the prompt if the request was preempted while decoding."""
-        if self.request.prefill_only:
-            return max_overlap_blocks(self.prompt_tokens, self._block_size) * self._block_size
-        return self.prompt_tokens + self.produced
-
-    @property
-    def reusable_hashes(self) -> list[SequenceHash]:
-        """Hashes of the blocks that a prefill may take from the cache: all, but at least one token is computed."""
-        if self.request.prefill_only:
-            return self.hashes[: self.target // self._block_size]
-        return self.hashes[: max_overlap_blocks(self.target, self._block_size)]
-
-    def next_token(self) -> int:
-        """Produce one token."""
-        if self.produced == len(self.drawn):
-            self._draw()
-        token = self.drawn[self.produced]
-        self.produced += 1
-        return token
-
-    @property
-    def finish(self) -> FinishReason | None:
-        """How it ended, or None while it goes on."""
-        return self._ends_with if self.produced >= self.limit else None
-
-    def plan_quiet_steps(self) -> None:
-        """Count the decode steps until one that must be looked at."""
-        filled = (self.prompt_tokens + self.produced - 1) % self._block_size
-        if filled == 0:
-            self.quiet = 0  # the next step begins a block
-            return
-        self.quiet = max(
-            0,
-            min(
-                self._block_size - 1 - filled, self.limit - self.produced - 1, len(self.drawn) - self.produced,
-            ),
-        )  # fmt: skip
-
-    def name_block(self, index: int) -> tuple[SequenceHash, int, SequenceHash | None]:
-        """Return (sequence hash, local hash, parent) of a full block; one that output filled is hashed here, once."""
-        parent = self.hashes[index - 1] if index else None
-        if index == len(self.hashes):
-            local = self._hash_tokens(index)
-            self.local_hashes.append(local)
-            self.hashes.append(sequence_hashes((local,) if parent is None else (parent, local))[-1])
-        return self.hashes[index], self.local_hashes[index], parent
-
-    def first_output(self, token: int | None) -> Output:
-        """Return the output of the step in which the prompt was computed."""
-        return Output(
-            self.key,
-            token_ids=() if token is None else (token,),
-            prefill_done=True,
-            cached_tokens=self.cached_tokens or 0,
-            prompt_tokens=self.prompt_tokens,
-            finish=None if token is None else self.finish,
-        )
-
-    def _hash_tokens(self, index: int) -> int:
-        request, size = self.request, self._block_size
-        assert request.token_ids is not None
-        start = index * size - self.prompt_tokens
-        generated = np.array(self.drawn[max(start, 0) : start + size], dtype=np.uint32)
-        tokens = generated if start >= 0 else np.concatenate((request.token_ids[start:], generated))
-        return local_block_hashes(tokens, size, lora=request.lora, cache_namespace=request.cache_namespace)[0]
-
-    def _draw(self) -> None:
+    def draw(self) -> None:
         """Draw the next chunk; where the sequence ends by itself in it, the end token takes the drawn one's place."""
         request = self.request
         assert request.token_ids is not None
@@ -151,4 +31,4 @@ class SimulatedRequest:
         if ending is not None and ending < self.limit:
             self.drawn[ending] = self._tokens.end_token
             self.limit = ending + 1
-            self._ends_with = FinishReason.STOP
+            self.ends_with = FinishReason.STOP

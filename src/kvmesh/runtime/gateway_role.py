@@ -112,9 +112,9 @@ class GatewayRole:
         self._peers.start()
         self.router.start()
         self.processor.start()
-        await self._server.start(grpc_host, grpc_port)
         self._http = HttpServer(self._app(), host=http_host, port=http_port)
         await self._http.start()
+        await self._server.start(grpc_host, grpc_port)
         self._topology.start()
 
     def topology(self) -> frontend_pb2.Topology:

@@ -1,6 +1,7 @@
 """The pins a worker holds for others, and the KvTransfer service that gives them back."""
 
 import asyncio
+import contextvars
 from collections.abc import Callable
 
 import grpc
@@ -46,7 +47,7 @@ class LentPins:
     def lend(self, pin: Pin) -> None:
         """Hold a pin for others; it is ours to give back from now on."""
         self._none.clear()
-        self._timers[pin.pin_id] = asyncio.get_running_loop().call_later(self.pin_ttl_s, self._expire, pin.pin_id)
+        self._timers[pin.pin_id] = _later(self.pin_ttl_s, self._expire, pin.pin_id)
 
     def release(self, pin_id: int) -> None:
         """End a pin. Raises: TryElsewhereError(PIN_EXPIRED) if it has ended, NotKnownError if it never was."""
@@ -83,8 +84,15 @@ class LentPins:
         if not self._timers:
             self._none.set()
         self._driver.post(lambda engine: engine.unpin(pin_id))
-        forget: Callable[[int, None], None] = self._ended.pop  # type: ignore[assignment]  # its result is not used
-        self._ended[pin_id] = asyncio.get_running_loop().call_later(_REMEMBERED_S, forget, pin_id, None)
+        self._ended[pin_id] = _later(_REMEMBERED_S, self._forget, pin_id)
+
+    def _forget(self, pin_id: int) -> None:
+        del self._ended[pin_id]
+
+
+def _later(delay_s: float, what: Callable[[int], None], pin_id: int) -> asyncio.TimerHandle:
+    """Set a timer whose log lines do not belong to the call that happened to set it."""
+    return asyncio.get_running_loop().call_later(delay_s, what, pin_id, context=contextvars.Context())
 
 
 class KvTransfer(kv_transfer_pb2_grpc.KvTransferServicer):

@@ -132,13 +132,20 @@ class PrefillPull:
                 self._leasing = group.create_task(self._lease(stub))
                 await self._hear(heard)
                 self._leasing.cancel()
-                # The attachment is held for what still runs: its end would requeue it.
-                while self._running:
-                    self._slot_free.clear()
-                    await self._slot_free.wait()
+                # A queue that drains keeps the attachment for what still runs: its end would requeue it. A queue that
+                # ends it first is gone, and the next one is not to wait for what was leased by this one.
+                parts = [group.create_task(self._hear(heard)), group.create_task(self._wait_idle())]
+                await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
+                for part in parts:
+                    part.cancel()
         finally:
             self._attached.clear()
             notices.cancel()
+
+    async def _wait_idle(self) -> None:
+        while self._running:
+            self._slot_free.clear()
+            await self._slot_free.wait()
 
     async def _hear(self, notices: AsyncIterator[prefill_queue_pb2.AttachResponse]) -> None:
         async for notice in notices:

@@ -59,6 +59,8 @@ class Processor:
         """Serve the models named by `tokenizers` (None: its workers read text) and those that live workers serve."""
         self.totals = RequestTotals()
         self.draining = False
+        self._is_over = False
+        """True once the drain's time is up: no request begins another attempt."""
         self._router = router
         self._peers = peers
         self._exchanges = exchanges
@@ -81,6 +83,7 @@ class Processor:
                 await self._idle.wait()
         except TimeoutError:
             telemetry.WAIT_ENDED.labels(wait="drain_s").inc()
+        self._is_over = True
         for run in self._running:
             if run.stream is not None:
                 run.stream.fail(TryElsewhereError(Reason.DRAINING, "this frontend is shutting down"))
@@ -254,6 +257,7 @@ class Processor:
             run.lost += 1
         if (
             worker is None
+            or self._is_over
             or not isinstance(error, TryElsewhereError | OutOfTimeError)
             or error.reason in _FINAL_REASONS
             or run.lost > _MAX_LOST

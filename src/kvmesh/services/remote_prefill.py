@@ -1,9 +1,8 @@
-"""The decode worker's side of a remote prefill: decide, submit, wait, pull, commit; every failure means a local one.
+"""The decode worker's side of a remote prefill: decide, submit, wait, fetch; every failure means a local one.
 
 Who holds which blocks, and until when:
     pinned prefix    decode's own blocks [0, cached); pinned before the decision, held until the whole is committed
-    import           decode's new blocks [cached, cap); invisible until `commit_import`, freed by `abort_import`
-    handoff's pin    the prefill worker's blocks; held until KvTransfer.Release, whose OK is the permission to commit
+    import           decode's new blocks [cached, cap); see `handoff_fetch`
     prepared pin     decode's blocks [0, cap); held until the engine has computed the rest of the prompt
 """
 
@@ -14,23 +13,20 @@ from dataclasses import dataclass
 import grpc
 
 from kvmesh import telemetry
-from kvmesh.core.errors import ConflictError, MeshError, OutOfTimeError, Reason, TryElsewhereError
+from kvmesh.core.errors import MeshError, OutOfTimeError, Reason, TryElsewhereError
 from kvmesh.core.hashing import max_overlap_blocks
-from kvmesh.core.ids import SequenceHash
 from kvmesh.core.remote_prefill import RemotePrefillDecision, RemotePrefillRules, decide
 from kvmesh.core.waits import Waits
-from kvmesh.engines.engine import EngineRequest, Import, Pin
+from kvmesh.engines.engine import EngineRequest, Pin
 from kvmesh.services.channels import Channels
 from kvmesh.services.engine_driver import EngineDriver
+from kvmesh.services.handoff_fetch import HandoffFetch
 from kvmesh.services.identity import WorkerIdentity
-from kvmesh.services.owned_tasks import OwnedTasks
 from kvmesh.services.peers import Peers
 from kvmesh.transports.transport import Transport
 from kvmesh.v1 import (
     decode_worker_pb2,
     generation_pb2,
-    kv_transfer_pb2,
-    kv_transfer_pb2_grpc,
     prefill_queue_pb2,
     prefill_queue_pb2_grpc,
 )
@@ -40,7 +36,6 @@ from kvmesh.wire.validation import duration
 
 log = telemetry.logger(__name__)
 
-_TRANSFER_BYTES_PER_S = 100 << 20
 _PREFILL_SHARE = 0.25
 """A remote prefill may take this share of what remains of a request's time."""
 _CALL_MARGIN_S = 1.0
@@ -84,14 +79,11 @@ class RemotePrefill:
         self._waits = waits
         self._required = required
         self._queue_depth = 0
-        self._tasks = OwnedTasks()
-        self._giving_up: set[asyncio.Task[None]] = set()
+        self._fetcher = HandoffFetch(driver=driver, channels=channels, transport=transport, waits=waits)
 
     async def aclose(self) -> None:
-        """Give back what others hold for this worker, within the bound of one call; the rest ends by time."""
-        if self._giving_up:
-            await asyncio.wait(tuple(self._giving_up), timeout=self._waits.connect_s)
-        await self._tasks.aclose()
+        """Give back what others hold for this worker."""
+        await self._fetcher.aclose()
 
     def is_possible(self, model: str) -> bool:
         """Tell whether any prefill worker that could serve `model` is known; if not, no question need be asked."""
@@ -182,21 +174,14 @@ class RemotePrefill:
         block_size = self._driver.info.block_size
         if self._driver.info.layout is None and handoff.WhichOneof("content") is None:
             return Prepared(pin_id=None, cached_tokens=0, remote_tokens=completed.computed_tokens, bytes_moved=0)
-        try:
-            self._check(handoff, first_block, hashes)
-            wanted = await self._driver.acquire(
-                lambda engine: engine.begin_import(hashes, first_block=first_block),
-                undo=lambda engine, begun: engine.abort_import(begun.import_id),
-            )
-            committed = await self._move(handoff, wanted, hashes, engine_request.local_hashes[: len(hashes)])
-        except BaseException:
-            self._give_up(handoff)
-            raise
+        fetched = await self._fetcher.fetch(
+            handoff, first_block=first_block, hashes=hashes, local_hashes=engine_request.local_hashes[: len(hashes)]
+        )
         return Prepared(
-            pin_id=committed.pin_id,
+            pin_id=fetched.pin_id,
             cached_tokens=first_block * block_size,
-            remote_tokens=len(wanted.block_ids) * block_size,
-            bytes_moved=handoff.bytes_total,
+            remote_tokens=(len(hashes) - first_block) * block_size,
+            bytes_moved=fetched.bytes_moved,
         )
 
     def _task(
@@ -260,79 +245,3 @@ class RemotePrefill:
         if self._rules.max_queue_depth is not None and position > self._rules.max_queue_depth:
             self._queue_depth = 0  # known only from the queue's answers: the next request asks again
             raise TryElsewhereError(Reason.QUEUE_FULL, f"{position} tasks wait before this one")
-
-    def _check(self, handoff: generation_pb2.KvHandoff, first_block: int, hashes: tuple[int, ...]) -> None:
-        if self._driver.info.layout is None or handoff.layout != layout_to_wire(self._driver.info.layout):
-            raise ConflictError(Reason.LAYOUT_MISMATCH, f"{handoff.worker_id} hands over blocks of another layout")
-        if handoff.transport != self._transport.name:
-            raise ConflictError(
-                Reason.LAYOUT_MISMATCH, f"{handoff.worker_id} serves {handoff.transport}, not {self._transport.name}"
-            )
-        if (
-            handoff.first_block != first_block
-            or tuple(handoff.block_hashes) != hashes[first_block:]
-            or len(handoff.blocks.source_block_ids) != len(handoff.block_hashes)
-        ):
-            raise TryElsewhereError(
-                Reason.KV_TRANSFER_FAILED, f"{handoff.worker_id} hands over other blocks than asked for"
-            )
-
-    async def _move(
-        self,
-        handoff: generation_pb2.KvHandoff,
-        wanted: Import,
-        hashes: tuple[SequenceHash, ...],
-        local: tuple[int, ...],
-    ) -> Pin:
-        """Pull, have the source say that it held still, commit. The import is aborted unless all three succeed."""
-        try:
-            await self._pull(handoff, wanted)
-            await self._release(handoff)
-        except BaseException:
-            self._driver.post(lambda engine: engine.abort_import(wanted.import_id))
-            raise
-        return await self._driver.acquire(
-            lambda engine: engine.commit_import(wanted.import_id, block_hashes=hashes, local_hashes=local),
-            undo=lambda engine, pin: engine.unpin(pin.pin_id),
-        )
-
-    async def _pull(self, handoff: generation_pb2.KvHandoff, wanted: Import) -> None:
-        memory = await self._driver.call(lambda engine: engine.kv_memory())
-        if memory is None:
-            raise ConflictError(Reason.LAYOUT_MISMATCH, "this engine has no KV memory")
-        bound_s = self._waits.kv_transfer_s + handoff.bytes_total / _TRANSFER_BYTES_PER_S
-        try:
-            async with asyncio.timeout(bound_s):
-                moved = await self._transport.pull(
-                    handoff.agent_name,
-                    source_block_ids=handoff.blocks.source_block_ids,
-                    target=memory,
-                    target_block_ids=wanted.block_ids,
-                )
-        except TimeoutError as exc:
-            telemetry.WAIT_ENDED.labels(wait="kv_transfer_s").inc()
-            raise OutOfTimeError(Reason.KV_TRANSFER_FAILED, f"not moved within {bound_s:.1f} s") from exc
-        telemetry.KV_BYTES_MOVED.labels(transport=self._transport.name).inc(moved)
-
-    def _give_up(self, handoff: generation_pb2.KvHandoff) -> None:
-        """Release without anybody waiting for it: the source would else hold its blocks until their pin ends."""
-        if handoff.pin_id:
-            task = self._tasks.start(self._release_quietly(handoff), name="release-handoff")
-            self._giving_up.add(task)
-            task.add_done_callback(self._giving_up.discard)
-
-    async def _release_quietly(self, handoff: generation_pb2.KvHandoff) -> None:
-        try:
-            await self._release(handoff)
-        except MeshError as error:
-            log.debug("handoff.not_released", worker_id=handoff.worker_id, reason=error.reason.value)
-
-    async def _release(self, handoff: generation_pb2.KvHandoff) -> None:
-        stub = kv_transfer_pb2_grpc.KvTransferStub(self._channels.get(handoff.address))
-        release = kv_transfer_pb2.KvTransferReleaseRequest(
-            worker_id=handoff.worker_id, epoch=handoff.epoch, pin_id=handoff.pin_id
-        )
-        try:
-            await stub.Release(release, timeout=self._waits.connect_s)
-        except grpc.aio.AioRpcError as exc:
-            raise from_rpc_error(exc) from exc

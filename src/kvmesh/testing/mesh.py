@@ -174,6 +174,4 @@ async def _held_by(address: str) -> WorkerBaseline | None:
             info = await stub.GetInfo(worker_control_pb2.GetInfoRequest(), timeout=_ANSWER_S)
         except grpc.aio.AioRpcError:
             return None
-    return WorkerBaseline(
-        used_blocks=info.used_blocks, pins=info.pins, imports=info.imports, requests=info.requests
-    )
+    return WorkerBaseline(used_blocks=info.used_blocks, pins=info.pins, imports=info.imports, requests=info.requests)

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 PROGRAM = str(Path(sysconfig.get_path("scripts")) / "kvmesh")
 """The installed command."""
@@ -38,9 +38,10 @@ def run_kvmesh(*arguments: str, **environment: str) -> subprocess.CompletedProce
 class MeshProcess:
     """`kvmesh up` on free ports, ready when the `with` block begins; what still runs at its end is killed."""
 
-    def __init__(self, *flags: str, stdout: int | IO[Any] = subprocess.DEVNULL) -> None:
+    def __init__(self, *flags: str, redirections: str = ">/dev/null") -> None:
+        """Take flags of `kvmesh up`, and where the shell connects the process, e.g. `>&-` to close its stdout."""
         self._flags = ("--http-port", "0", "--grpc-port", "0", "--log-format", "json", *flags)
-        self._stdout = stdout
+        self._redirections = redirections
         self._changed = threading.Condition()  # its lock is reentrant: a predicate may look at the log
         self._lines: list[str] = []
         self._has_ended = False
@@ -48,10 +49,9 @@ class MeshProcess:
 
     def __enter__(self) -> "MeshProcess":
         self._process = subprocess.Popen(
-            [PROGRAM, "up", *self._flags],
+            ["sh", "-c", f'exec "$0" "$@" {self._redirections}', PROGRAM, "up", *self._flags],
             env=clean_environment(),
             stdin=subprocess.DEVNULL,
-            stdout=self._stdout,
             stderr=subprocess.PIPE,
             text=True,
         )

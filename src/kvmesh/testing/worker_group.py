@@ -1,14 +1,14 @@
 """Workers and a prefill queue inside a test, without a gateway: real servers on free ports, one memory discovery.
 
-    async with worker_group() as group:
-        await group.add_queue()
-        prefill, decode = await group.add_prefill(), await group.add_decode()
-        answer = await group.generate(decode, request("r"))
-        await group.wait_idle()
+async with worker_group() as group:
+    await group.add_queue()
+    prefill, decode = await group.add_prefill(), await group.add_decode()
+    answer = await group.generate(decode, request("r"))
+    await group.wait_idle()
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,8 @@ from kvmesh.engines.simulated_options import SimulatedOptions
 from kvmesh.runtime.decode_work import decode_work
 from kvmesh.runtime.prefill_work import PrefillWork
 from kvmesh.runtime.queue_role import QueueRole
-from kvmesh.runtime.worker import Worker
+from kvmesh.runtime.worker import Work, Worker, WorkerParts
+from kvmesh.services.channels import Channels
 from kvmesh.transports.memory import MemoryNetwork, MemoryTransport
 from kvmesh.v1 import (
     decode_worker_pb2,
@@ -146,7 +147,7 @@ class WorkerGroup:
         self.workers: list[Worker] = []
         self.queue: QueueRole | None = None
         self._waits = waits
-        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._channels = Channels()
 
     async def add_queue(self, limits: QueueLimits | None = None) -> QueueRole:
         """Start the prefill queue."""
@@ -170,23 +171,28 @@ class WorkerGroup:
     ) -> Worker:
         """Start a decode worker that sends every prefill of a full block or more away, if anybody takes it."""
         build = decode_work(rules=rules or RemotePrefillRules(min_uncached_tokens=1), required=required)
-        return await self._add(WorkerRole.DECODE, engine, waits, transport, build)
+        return await self._add(WorkerRole.DECODE, engine, waits=waits, transport=transport, build=build)
 
     async def add_prefill(
-        self, engine: Engine | None = None, *, waits: Waits | None = None, transport: MemoryTransport | None = None
+        self,
+        engine: Engine | None = None,
+        *,
+        waits: Waits | None = None,
+        transport: MemoryTransport | None = None,
+        namespace: str = NAMESPACE,
     ) -> Worker:
-        """Start a prefill worker; with a queue, return when it may lease."""
-        worker = await self._add(WorkerRole.PREFILL, engine, waits, transport, PrefillWork)
-        if self.queue is not None:
+        """Start a prefill worker and return when it may lease; in another namespace it knows of no queue."""
+        worker = await self._add(
+            WorkerRole.PREFILL, engine, waits=waits, transport=transport, build=PrefillWork, namespace=namespace
+        )
+        if self.queue is not None and namespace == NAMESPACE:
             async with asyncio.timeout(GENEROUS_S):
                 await worker.wait_ready()
         return worker
 
     def channel(self, address: str) -> grpc.aio.Channel:
         """Return the channel of this test to an address."""
-        if address not in self._channels:
-            self._channels[address] = grpc.aio.insecure_channel(address)
-        return self._channels[address]
+        return self._channels.get(address)
 
     def decode(self, worker: Worker) -> "DecodeWorkerAsyncStub":
         """Return a client of both doors."""
@@ -244,7 +250,9 @@ class WorkerGroup:
             queue = self.queue.queue
             await eventually(lambda: (queue.stats().depth, queue.stats().leased) == (0, 0))
 
-    async def wait_until(self, worker: Worker, is_true: Any) -> worker_control_pb2.GetInfoResponse:
+    async def wait_until(
+        self, worker: Worker, is_true: Callable[[worker_control_pb2.GetInfoResponse], bool]
+    ) -> worker_control_pb2.GetInfoResponse:
         """Wait until `is_true` of what a worker says it holds. Raises: AssertionError with what it says instead."""
         deadline = asyncio.get_running_loop().time() + GENEROUS_S
         while not is_true(info := await self.info(worker)):
@@ -254,21 +262,27 @@ class WorkerGroup:
 
     async def aclose(self) -> None:
         """Stop everything, the workers at once."""
-        for channel in self._channels.values():
-            await channel.close()
+        await self._channels.aclose()
         await asyncio.gather(*(worker.stop() for worker in self.workers))
         if self.queue is not None:
             await self.queue.stop(0)
         await self.discovery.aclose()
 
     async def _add(
-        self, role: WorkerRole, engine: Engine | None, waits: Waits | None, transport: Any, build: Any
+        self,
+        role: WorkerRole,
+        engine: Engine | None,
+        *,
+        waits: Waits | None,
+        transport: MemoryTransport | None,
+        build: Callable[[WorkerParts], Work],
+        namespace: str = NAMESPACE,
     ) -> Worker:
         worker = Worker(
             worker_id=WorkerId(f"node/{role.value}/{len(self.workers)}"),
             role=role,
             models=(MODEL,),
-            namespace=NAMESPACE,
+            namespace=namespace,
             engine=engine or HeldSimulatedEngine(),
             transport=transport or MemoryTransport(self.network),
             discovery=self.discovery,
@@ -285,7 +299,7 @@ def held(info: worker_control_pb2.GetInfoResponse) -> tuple[int, int, int, int]:
     return info.used_blocks, info.pins, info.imports, info.requests
 
 
-async def eventually(is_true: Any) -> None:
+async def eventually(is_true: Callable[[], bool]) -> None:
     """Wait until a fact of this process is one. Raises: AssertionError."""
     deadline = asyncio.get_running_loop().time() + GENEROUS_S
     while not is_true():

@@ -14,49 +14,43 @@ Laws:
 
 from collections import deque
 from collections.abc import Callable
-
-import numpy as np
-import numpy.typing as npt
+from typing import Generic
 
 from kvmesh.core.block_claims import Pin
 from kvmesh.core.block_pool import BlockPool
 from kvmesh.core.ids import AttemptKey, SequenceHash
 from kvmesh.engines.engine import EngineRequest, FinishReason, Output, StepResult
-from kvmesh.engines.simulated_options import SimulatedOptions
-from kvmesh.engines.simulated_request import SimulatedRequest
-from kvmesh.engines.simulated_tokens import OutputTokens
+from kvmesh.engines.paged_model import PagedModel, PagedOptions, R
 
 SPARE_SHARE = 100
 """One block in so many is left to those that run when another request is admitted, so that they have room to grow."""
 
 
-class SimulatedBatch:
+class PagedBatch(Generic[R]):
     """Every request of one engine; it holds their blocks and gives them back."""
 
     def __init__(
         self,
-        options: SimulatedOptions,
+        options: PagedOptions,
         *,
         pool: BlockPool,
-        words: npt.NDArray[np.uint64],
+        model: PagedModel[R],
         pin_prefix: Callable[[tuple[SequenceHash, ...]], Pin],
     ) -> None:
-        """Run on `pool`; `words`, shape (total_blocks, block_bytes // 8), is its memory."""
+        """Run `model` on the blocks of `pool`."""
         self.max_sequences = min(options.max_sequences, options.max_batched_tokens)
         self.max_context_tokens = min(options.max_context_tokens, options.total_blocks * options.block_size)
         self.prompt_tokens = 0
         """Of all requests admitted so far."""
         self.cached_tokens = 0
         self._options = options
-        self._cost = options.step_cost
-        self._tokens = OutputTokens(options)
         self._pool = pool
-        self._words = words
+        self._model = model
         self._pin_prefix = pin_prefix
-        self._requests: dict[AttemptKey, SimulatedRequest] = {}
-        self._waiting: deque[SimulatedRequest] = deque()
-        self._prefilling: list[SimulatedRequest] = []
-        self._decoding: list[SimulatedRequest] = []
+        self._requests: dict[AttemptKey, R] = {}
+        self._waiting: deque[R] = deque()
+        self._prefilling: list[R] = []
+        self._decoding: list[R] = []
         self._decode_blocks = 0
         """Blocks of the decoding requests, a shared one counted once for each."""
         self._arrivals = 0
@@ -79,9 +73,7 @@ class SimulatedBatch:
         assert request.token_ids is not None
         limit = min(request.sampling.max_tokens, self.max_context_tokens - len(request.token_ids))
         self._arrivals += 1
-        added = SimulatedRequest(
-            request, tokens=self._tokens, block_size=self._options.block_size, limit=limit, arrival=self._arrivals
-        )
+        added = self._model.open(request, limit=limit, arrival=self._arrivals)
         self._requests[request.key] = added
         self._waiting.append(added)
 
@@ -115,12 +107,9 @@ class SimulatedBatch:
         outputs = self._decode()
         budget = self._options.max_batched_tokens - decode_sequences
         left = self._admit(self._prefill(budget, outputs), outputs)
-        duration_s = 0.0
-        if self._options.speedup:
-            step_s = self._cost.step_s(
-                decode_sequences=decode_sequences, decode_blocks=decode_blocks, prefill_tokens=budget - left
-            )
-            duration_s = step_s / self._options.speedup
+        duration_s = self._model.step_s(
+            decode_sequences=decode_sequences, decode_blocks=decode_blocks, prefill_tokens=budget - left
+        )
         return StepResult(tuple(outputs), duration_s, self._pool.drain_events(), preempted)
 
     def _grow(self) -> int:
@@ -141,7 +130,7 @@ class SimulatedBatch:
                 self._decode_blocks += 1
         return preempted
 
-    def _preempt(self, request: SimulatedRequest) -> None:
+    def _preempt(self, request: R) -> None:
         if request in self._decoding:
             self._stop_decoding(request)
         else:
@@ -153,7 +142,9 @@ class SimulatedBatch:
 
     def _decode(self) -> list[Output]:
         outputs: list[Output] = []
-        ended: list[SimulatedRequest] = []
+        ended: list[R] = []
+        if self._decoding:
+            self._model.compute_decode(self._decoding)
         for request in self._decoding:  # the hot loop: a quiet step of a request costs its Output and little else
             if request.quiet:
                 request.quiet -= 1
@@ -196,7 +187,7 @@ class SimulatedBatch:
             budget -= self._compute(request, budget, outputs)
         return budget
 
-    def _next_admissible(self) -> SimulatedRequest | None:
+    def _next_admissible(self) -> R | None:
         """Return the request to admit next, if the pool has room; O(blocks of its prompt), of all when nothing runs."""
         if not self._waiting:
             return None
@@ -205,13 +196,13 @@ class SimulatedBatch:
             return first if self._has_room(first, spare=self._options.total_blocks // SPARE_SHARE) else None
         return next((request for request in self._waiting if self._has_room(request, spare=0)), None)
 
-    def _has_room(self, request: SimulatedRequest, *, spare: int) -> bool:
+    def _has_room(self, request: R, *, spare: int) -> bool:
         return self._pool.has_room(request.reusable_hashes, self._blocks_for(request.target), spare=spare)
 
     def _blocks_for(self, tokens: int) -> int:
         return -(-tokens // self._options.block_size)
 
-    def _take_blocks(self, request: SimulatedRequest) -> None:
+    def _take_blocks(self, request: R) -> None:
         held = self._pool.hold_prefix(request.reusable_hashes)
         request.sealed = len(held)
         request.computed = len(held) * self._options.block_size
@@ -223,9 +214,11 @@ class SimulatedBatch:
             self.cached_tokens += request.computed
             self.prompt_tokens += request.prompt_tokens
 
-    def _compute(self, request: SimulatedRequest, budget: int, outputs: list[Output]) -> int:
+    def _compute(self, request: R, budget: int, outputs: list[Output]) -> int:
         """Compute the next chunk of a prompt and, with its last token, sample the first one; return the tokens used."""
         chunk = min(budget, request.target - request.computed)
+        if chunk:
+            self._model.compute_prompt(request, stop=request.computed + chunk)
         request.computed += chunk
         self._seal(request, request.computed)
         if request.computed < request.target:
@@ -246,24 +239,24 @@ class SimulatedBatch:
             self._forget(request)
         return chunk
 
-    def _hand_over(self, request: SimulatedRequest) -> Output:
+    def _hand_over(self, request: R) -> Output:
         pin = self._pin_prefix(tuple(request.reusable_hashes))
         self._forget(request)
         return request.first_output(None)._replace(finish=FinishReason.PREFILLED, pin=pin)
 
-    def _forget(self, request: SimulatedRequest) -> None:
+    def _forget(self, request: R) -> None:
         del self._requests[request.key]
         self._pool.give_back(request.blocks)
 
-    def _stop_decoding(self, request: SimulatedRequest) -> None:
+    def _stop_decoding(self, request: R) -> None:
         self._decoding.remove(request)
         self._decode_blocks -= len(request.blocks)
 
-    def _seal(self, request: SimulatedRequest, computed: int) -> None:
-        """Put the blocks that `computed` tokens fill into the prefix cache, their content written first."""
+    def _seal(self, request: R, computed: int) -> None:
+        """Put the blocks that `computed` tokens fill, their content written, into the prefix cache."""
         blocks = request.blocks
         for index in range(request.sealed, computed // self._options.block_size):
             block_hash, local_hash, parent = request.name_block(index)
-            self._words[blocks[index]] = block_hash
+            self._model.seal(blocks[index], block_hash)
             blocks[index] = self._pool.seal(blocks[index], block_hash, parent=parent, local_hash=local_hash)
             request.sealed = index + 1

@@ -1,0 +1,142 @@
+"""The numpy_llama engine: a Llama model, read from a Hugging Face folder and computed in numpy, with a paged KV cache.
+
+Correct before fast. In float64 the tokens of a greedy request are the same whatever else runs, however its prompt is
+cut into chunks, and wherever its KV was computed; in float32 they are but for near-ties of two logits, because the
+rounding of a matrix product depends on its shape.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from kvmesh.core.ids import SequenceHash
+from kvmesh.engines.engine import EngineRequest, FinishReason, KvLayout
+from kvmesh.engines.numpy_llama_forward import LlamaForward, Span
+from kvmesh.engines.numpy_llama_options import NumpyLlamaOptions
+from kvmesh.engines.numpy_llama_sampling import pick_token
+from kvmesh.engines.numpy_llama_weights import Floats, LlamaWeights
+from kvmesh.engines.paged_engine import PagedEngine
+from kvmesh.engines.paged_request import PagedRequest
+
+_BLANK_BYTE = 0xFF
+"""Bytes that no float of a KV cache consists of: as float32 and as float64 they are a NaN."""
+
+
+class LlamaRequest(PagedRequest):
+    """A paged request that samples from the logits of its last computed token."""
+
+    __slots__ = ("_eos_token_ids", "_seed", "logits")
+
+    def __init__(
+        self,
+        request: EngineRequest,
+        *,
+        eos_token_ids: frozenset[int],
+        seed: int,
+        block_size: int,
+        limit: int,
+        arrival: int,
+    ) -> None:
+        """Draw with `seed`, and end at one of `eos_token_ids`; the rest as in `PagedRequest`."""
+        super().__init__(request, block_size=block_size, limit=limit, arrival=arrival)
+        self._seed = seed
+        self._eos_token_ids = frozenset() if request.sampling.ignore_eos else eos_token_ids
+        self.logits: Floats | None = None
+        """Of the token at `produced`, from its computation until it is drawn."""
+
+    def draw(self) -> None:
+        """Sample one token; the limit moves here if it ends the sequence."""
+        logits, self.logits = self.logits, None
+        assert logits is not None, f"{self.key} draws before its logits are computed"
+        position = len(self.drawn)
+        token = pick_token(logits, self.request.sampling, seed=self._seed, position=position)
+        self.drawn.append(token)
+        if token in self._eos_token_ids:
+            self.limit = position + 1
+            self.ends_with = FinishReason.STOP
+
+
+class NumpyLlamaEngine(PagedEngine[LlamaRequest]):
+    """A Llama model behind the engine port; engines of one process share `weights`."""
+
+    def __init__(
+        self, weights: LlamaWeights, options: NumpyLlamaOptions | None = None, *, eos_token_ids: Sequence[int] = ()
+    ) -> None:
+        """Start with an empty cache; `eos_token_ids` are the model's, those of `options` are added."""
+        options = options or NumpyLlamaOptions()
+        model = _LlamaModel(weights, options, eos_token_ids=tuple(sorted({*eos_token_ids, *options.eos_token_ids})))
+        super().__init__(
+            "numpy_llama", options, model=model, context_limit_tokens=weights.config.max_context_tokens
+        )
+
+
+class _LlamaModel:
+    """The weights over one engine's KV memory."""
+
+    def __init__(self, weights: LlamaWeights, options: NumpyLlamaOptions, *, eos_token_ids: tuple[int, ...]) -> None:
+        config = weights.config
+        block_shape = (config.layers, 2, options.block_size, config.kv_heads, config.head_dim)
+        self._kv: Floats = np.zeros((options.total_blocks, *block_shape), dtype=weights.dtype)
+        self.memory: npt.NDArray[np.uint8] = self._kv.reshape(options.total_blocks, -1).view(np.uint8)
+        self.vocab_size = config.vocab_size
+        self.eos_token_ids = eos_token_ids
+        self.layout = KvLayout(
+            dtype=weights.dtype.name,
+            layers=config.layers,
+            block_size=options.block_size,
+            kv_heads=config.kv_heads,
+            head_dim=config.head_dim,
+            order="layer,kv,token,head,dim",
+            model_fingerprint=weights.fingerprint,
+            bytes_per_block=self.memory.shape[1],
+        )
+        self._forward = LlamaForward(weights)
+        self._ends = frozenset(eos_token_ids)
+        self._seeds = np.random.default_rng()
+
+    def open(self, request: EngineRequest, *, limit: int, arrival: int) -> LlamaRequest:
+        seed = request.sampling.seed
+        return LlamaRequest(
+            request,
+            eos_token_ids=self._ends,
+            seed=int(self._seeds.integers(2**63)) if seed is None else seed,
+            block_size=self.layout.block_size,
+            limit=limit,
+            arrival=arrival,
+        )
+
+    def compute_prompt(self, request: LlamaRequest, *, stop: int) -> None:
+        hidden = self._forward.compute([_span(request, request.computed, stop)], self._kv)
+        if stop == request.target and not request.request.prefill_only:
+            request.logits = self._forward.logits(hidden)[0]
+
+    def compute_decode(self, requests: Sequence[LlamaRequest]) -> None:
+        spans = []
+        for request in requests:
+            last = request.prompt_tokens + request.produced - 1
+            spans.append(_span(request, last, last + 1))
+        logits = self._forward.logits(self._forward.compute(spans, self._kv))
+        for request, row in zip(requests, logits, strict=True):
+            request.logits = row
+
+    def seal(self, block: int, block_hash: SequenceHash) -> None:
+        """Nothing to note: the KV is there."""
+
+    def blank(self, blocks: Sequence[int]) -> None:
+        self.memory[list(blocks)] = _BLANK_BYTE
+
+    def find_wrong(self, blocks: Sequence[int], block_hashes: Sequence[SequenceHash]) -> list[int]:
+        """Find blocks of which a part never arrived, and blocks of zeros, which are memory that nobody has written."""
+        return [
+            index
+            for index, block in enumerate(blocks)
+            if not np.isfinite(self._kv[block]).all() or not self.memory[block].any()
+        ]
+
+    def step_s(self, *, decode_sequences: int, decode_blocks: int, prefill_tokens: int) -> float:
+        return 0.0
+
+
+def _span(request: LlamaRequest, start: int, stop: int) -> Span:
+    return Span(request.tokens(start, stop), start, request.blocks)

@@ -1,0 +1,160 @@
+"""Fetches the blocks of a handoff into the decode engine: check, import, pull, release, commit.
+
+Who holds which blocks, and until when:
+    import           decode's new blocks; invisible until `commit_import`, freed by `abort_import`
+    handoff's pin    the prefill worker's blocks; held until KvTransfer.Release, whose OK is the permission to commit
+
+Whatever fails, or is cancelled, the import is aborted and the handoff's pin is released.
+"""
+
+import asyncio
+from dataclasses import dataclass
+
+import grpc
+
+from kvmesh import telemetry
+from kvmesh.core.errors import ConflictError, MeshError, OutOfTimeError, Reason, TryElsewhereError
+from kvmesh.core.ids import SequenceHash
+from kvmesh.core.waits import Waits
+from kvmesh.engines.engine import Import
+from kvmesh.services.channels import Channels
+from kvmesh.services.engine_driver import EngineDriver
+from kvmesh.services.owned_tasks import OwnedTasks
+from kvmesh.transports.transport import Transport
+from kvmesh.v1 import generation_pb2, kv_transfer_pb2, kv_transfer_pb2_grpc
+from kvmesh.wire.error_catalog import from_rpc_error
+from kvmesh.wire.layout import layout_to_wire
+
+log = telemetry.logger(__name__)
+
+_TRANSFER_BYTES_PER_S = 100 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """Blocks that arrived whole and are prefix cache now."""
+
+    pin_id: int
+    """Of the whole sequence from block 0; the caller's to give back."""
+    bytes_moved: int
+
+
+class HandoffFetch:
+    """Fetches handoffs for one decode engine."""
+
+    def __init__(self, *, driver: EngineDriver, channels: Channels, transport: Transport, waits: Waits) -> None:
+        """Import into `driver`'s engine what `transport` pulls."""
+        self._driver = driver
+        self._channels = channels
+        self._transport = transport
+        self._waits = waits
+        self._tasks = OwnedTasks()
+        self._giving_up: set[asyncio.Task[None]] = set()
+
+    async def aclose(self) -> None:
+        """Give back what others hold for this worker, within the bound of one call; the rest ends by time."""
+        if self._giving_up:
+            await asyncio.wait(tuple(self._giving_up), timeout=self._waits.connect_s)
+        await self._tasks.aclose()
+
+    async def fetch(
+        self,
+        handoff: generation_pb2.KvHandoff,
+        *,
+        first_block: int,
+        hashes: tuple[SequenceHash, ...],
+        local_hashes: tuple[int, ...],
+    ) -> Fetched:
+        """Fetch the blocks `first_block` and on of the sequence `hashes`; the caller holds a pin of those before.
+
+        Raises: MeshError; nothing is left held then.
+        """
+        try:
+            self._check(handoff, first_block, hashes)
+            wanted = await self._driver.acquire(
+                lambda engine: engine.begin_import(hashes, first_block=first_block),
+                undo=lambda engine, begun: engine.abort_import(begun.import_id),
+            )
+            return await self._move(handoff, wanted, hashes, local_hashes)
+        except BaseException:
+            self._give_up(handoff)
+            raise
+
+    def _check(self, handoff: generation_pb2.KvHandoff, first_block: int, hashes: tuple[SequenceHash, ...]) -> None:
+        if self._driver.info.layout is None or handoff.layout != layout_to_wire(self._driver.info.layout):
+            raise ConflictError(Reason.LAYOUT_MISMATCH, f"{handoff.worker_id} hands over blocks of another layout")
+        if handoff.transport != self._transport.name:
+            raise ConflictError(
+                Reason.LAYOUT_MISMATCH, f"{handoff.worker_id} serves {handoff.transport}, not {self._transport.name}"
+            )
+        if (
+            handoff.first_block != first_block
+            or tuple(handoff.block_hashes) != hashes[first_block:]
+            or len(handoff.blocks.source_block_ids) != len(handoff.block_hashes)
+        ):
+            raise TryElsewhereError(
+                Reason.KV_TRANSFER_FAILED, f"{handoff.worker_id} hands over other blocks than asked for"
+            )
+
+    async def _move(
+        self,
+        handoff: generation_pb2.KvHandoff,
+        wanted: Import,
+        hashes: tuple[SequenceHash, ...],
+        local: tuple[int, ...],
+    ) -> Fetched:
+        """Pull, have the source say that it held still, commit. The import is aborted unless all three succeed."""
+        try:
+            moved = await self._pull(handoff, wanted)
+            await self._release(handoff)
+        except BaseException:
+            self._driver.post(lambda engine: engine.abort_import(wanted.import_id))
+            raise
+        pin = await self._driver.acquire(
+            lambda engine: engine.commit_import(wanted.import_id, block_hashes=hashes, local_hashes=local),
+            undo=lambda engine, pin: engine.unpin(pin.pin_id),
+        )
+        return Fetched(pin_id=pin.pin_id, bytes_moved=moved)
+
+    async def _pull(self, handoff: generation_pb2.KvHandoff, wanted: Import) -> int:
+        memory = await self._driver.call(lambda engine: engine.kv_memory())
+        if memory is None:
+            raise ConflictError(Reason.LAYOUT_MISMATCH, "this engine has no KV memory")
+        size_bytes = len(wanted.block_ids) * memory.shape[1]  # our own figures: the handoff's are a stranger's word
+        bound_s = self._waits.kv_transfer_s + size_bytes / _TRANSFER_BYTES_PER_S
+        try:
+            async with asyncio.timeout(bound_s):
+                moved = await self._transport.pull(
+                    handoff.agent_name,
+                    source_block_ids=handoff.blocks.source_block_ids,
+                    target=memory,
+                    target_block_ids=wanted.block_ids,
+                )
+        except TimeoutError as exc:
+            telemetry.WAIT_ENDED.labels(wait="kv_transfer_s").inc()
+            raise OutOfTimeError(Reason.KV_TRANSFER_FAILED, f"not moved within {bound_s:.1f} s") from exc
+        telemetry.KV_BYTES_MOVED.labels(transport=self._transport.name).inc(moved)
+        return moved
+
+    def _give_up(self, handoff: generation_pb2.KvHandoff) -> None:
+        """Release without anybody waiting for it: the source would else hold its blocks until their pin ends."""
+        if handoff.pin_id:
+            task = self._tasks.start(self._release_quietly(handoff), name="release-handoff")
+            self._giving_up.add(task)
+            task.add_done_callback(self._giving_up.discard)
+
+    async def _release_quietly(self, handoff: generation_pb2.KvHandoff) -> None:
+        try:
+            await self._release(handoff)
+        except MeshError as error:
+            log.debug("handoff.not_released", worker_id=handoff.worker_id, reason=error.reason.value)
+
+    async def _release(self, handoff: generation_pb2.KvHandoff) -> None:
+        stub = kv_transfer_pb2_grpc.KvTransferStub(self._channels.get(handoff.address))
+        release = kv_transfer_pb2.KvTransferReleaseRequest(
+            worker_id=handoff.worker_id, epoch=handoff.epoch, pin_id=handoff.pin_id
+        )
+        try:
+            await stub.Release(release, timeout=self._waits.connect_s)
+        except grpc.aio.AioRpcError as exc:
+            raise from_rpc_error(exc) from exc
