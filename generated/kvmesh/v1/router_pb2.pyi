@@ -39,7 +39,7 @@ class RoutingQuery(_message.Message):
     text: _builtins.str
     """Text, for workers that accept TEXT: hashed over its UTF-8 bytes."""
     prompt_tokens: _builtins.int
-    """Tokens of the prompt; required with block_hashes, else derived."""
+    """Tokens of the prompt; required with block_hashes or without input, else derived."""
     expected_output_tokens: _builtins.int
     """Tokens the request is expected to produce; 0 = unknown."""
     prompt_text: _builtins.str

@@ -21,6 +21,15 @@ class WorkerRole(Enum):
     PREFILL = "prefill"
     QUEUE = "queue"
     """The prefill queue: found through discovery like a worker, and never a candidate."""
+    ROUTER = "router"
+    """A router of its own process; never a candidate."""
+    PROCESSOR = "processor"
+    """A processor of its own process; never a candidate."""
+
+    @property
+    def is_worker(self) -> bool:
+        """Tell whether it has an engine, and so a load and a cache."""
+        return self in (WorkerRole.DECODE, WorkerRole.PREFILL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 
 from kvmesh.core.errors import FixRequestError, Reason
@@ -67,15 +68,53 @@ def _plan_simulated(settings: EngineSettings) -> EnginePlan:
     )
 
 
-_PLANNERS: Mapping[str, Callable[[EngineSettings], EnginePlan]] = {"echo": _plan_echo, "simulated": _plan_simulated}
+def _plan_numpy_llama(settings: EngineSettings) -> EnginePlan:
+    from kvmesh.engines import numpy_llama, numpy_llama_config, numpy_llama_options, numpy_llama_weights  # noqa: PLC0415  # as above
+
+    folder = settings.model
+    if folder is None:
+        raise FixRequestError(
+            Reason.INVALID_FIELD,
+            "numpy_llama needs a model: --model DIR, e.g. one that `kvmesh model make-tiny DIR` writes",
+            field="engine.model",
+        )
+    tokenizer = _load_tokenizer(folder)
+    config = numpy_llama_config.LlamaConfig.read(folder)
+    numpy_llama_weights.check_weight_files(folder)
+    defaults = {name: text for name, text in _defaults(tokenizer).items() if name in _OF_A_REAL_MODEL}
+    options = numpy_llama_options.parse({**defaults, **_with_speedup(settings, "numpy_llama")})
+
+    @cache  # all engines of one process share the weights, and a process without engines loads none
+    def weights() -> numpy_llama_weights.LlamaWeights:
+        return numpy_llama_weights.load_weights(folder, dtype=options.dtype)
+
+    return EnginePlan(
+        model_name=settings.model_name or folder.resolve().name,
+        tokenizer=tokenizer,
+        min_uncached_tokens=1 if config.parameters < _TINY_PARAMETERS else 256,
+        build=lambda _: numpy_llama.NumpyLlamaEngine(weights(), options),
+    )
+
+
+_TINY_PARAMETERS = 50_000_000
+"""A prefill of a model below this costs less than the handoff of its KV: it goes remote to be seen, not to save."""
+_OF_A_REAL_MODEL = frozenset({"eos_token_ids", "max_context_tokens"})
+"""What a tokenizer's folder says that the model's own configuration may not."""
+_PLANNERS: Mapping[str, Callable[[EngineSettings], EnginePlan]] = {
+    "echo": _plan_echo,
+    "simulated": _plan_simulated,
+    "numpy_llama": _plan_numpy_llama,
+}
 
 
 def _with_speedup(settings: EngineSettings, engine: str) -> dict[str, str]:
     options = dict(settings.options)
     if settings.speedup is not None:
-        if engine == "echo":
+        if engine != "simulated":
             raise FixRequestError(
-                Reason.INVALID_FIELD, "echo models no time: --speedup is for --engine simulated", field="engine.speedup"
+                Reason.INVALID_FIELD,
+                f"{engine} models no time: --speedup is for --engine simulated",
+                field="engine.speedup",
             )
         options["speedup"] = repr(settings.speedup)
     return options

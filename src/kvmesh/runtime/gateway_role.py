@@ -24,6 +24,7 @@ from kvmesh.services.peers import Peers
 from kvmesh.services.processor import Processor
 from kvmesh.services.processor_service import Processor as ProcessorService
 from kvmesh.services.router import Router
+from kvmesh.services.routing_port import InProcessRouting
 from kvmesh.services.topology import TopologyView
 from kvmesh.services.worker_control import ForwardedWorkerControl
 from kvmesh.tokenizing.tokenizer import Tokenizer
@@ -75,7 +76,7 @@ class GatewayRole:
             reservation_ttl_s=reservation_ttl_s,
         )
         self.processor = Processor(
-            router=self.router,
+            router=InProcessRouting(self.router),
             peers=self._peers,
             exchanges=ExchangePool(processor_id=f"processor-{name}", channels=self._channels, waits=waits),
             tokenizers=tokenizers,

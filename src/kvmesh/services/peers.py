@@ -34,12 +34,23 @@ class Peers:
 
     def queue_address(self) -> str | None:
         """Return where the prefill queue is served, or None while none is known."""
-        records = self.roster.records(WorkerRole.QUEUE)
-        return records[0].address if records else None
+        return self._address(WorkerRole.QUEUE)
+
+    def router_address(self) -> str | None:
+        """Return where a router is served, or None while none is known."""
+        return self._address(WorkerRole.ROUTER)
+
+    def processor_address(self) -> str | None:
+        """Return where a processor is served, or None while none is known."""
+        return self._address(WorkerRole.PROCESSOR)
 
     async def changed(self) -> None:
         """Wait for the next change of the roster."""
         await self._changed.wait()
+
+    def _address(self, role: WorkerRole) -> str | None:
+        records = self.roster.records(role)
+        return records[0].address if records else None
 
     async def _follow(self) -> None:
         async with aclosing(self._discovery.watch(self._namespace)) as events:

@@ -62,7 +62,9 @@ class PrefillCompute:
         outcome = _Outcome()
         self._driver.submit(replace(request, key=key), outcome)
         try:
-            output = await outcome.done
+            # Shielded: a cancelled waiter must not cancel the future, or an output that arrives before the waiter
+            # runs again would be dropped, and its pin with it.
+            output = await asyncio.shield(outcome.done)
         except asyncio.CancelledError:
             self._abandon(key, outcome)
             raise
@@ -75,7 +77,7 @@ class PrefillCompute:
 
     def _abandon(self, key: AttemptKey, outcome: _Outcome) -> None:
         """The waiter is gone: stop the work, or free what had just been finished."""
-        if outcome.done.done() and not outcome.done.cancelled() and outcome.done.exception() is None:
+        if outcome.done.done() and outcome.done.exception() is None:
             self._unpin(outcome.done.result().pin)
         self._driver.cancel(key)
 

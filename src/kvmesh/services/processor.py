@@ -8,14 +8,12 @@ Everything a request holds (its booking, its place on the exchange, its deadline
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import suppress
 
 import uuid_utils
 
 from kvmesh import telemetry
 from kvmesh.core.errors import MeshError, NotKnownError, OutOfTimeError, Reason, TryElsewhereError
 from kvmesh.core.ids import RequestId, WorkerId
-from kvmesh.core.reservations import Reservation
 from kvmesh.core.roster import WorkerRecord, WorkerRole
 from kvmesh.core.waits import Waits
 from kvmesh.services.exchange_client import ExchangePool, WorkerStream
@@ -24,12 +22,11 @@ from kvmesh.services.peers import Peers
 from kvmesh.services.progress import ProgressReports
 from kvmesh.services.prompts import TEXT, TOKENS, accepted_forms, prepare_prompt
 from kvmesh.services.request_totals import RequestTotals
-from kvmesh.services.routing_port import RoutingPort
+from kvmesh.services.routing_port import Booking, RoutingPort
 from kvmesh.services.running_request import Resolved, RunningRequest
 from kvmesh.tokenizing.tokenizer import Tokenizer
 from kvmesh.v1 import frontend_pb2
 from kvmesh.wire.generation import Delta, Event
-from kvmesh.wire.routing_answers import explanation_to_proto
 from kvmesh.wire.validation import check_generate_request, invalid, resolve_sampling
 
 log = telemetry.logger(__name__)
@@ -112,7 +109,7 @@ class Processor:
         outcome = "failed"
         try:
             stream = await self._start(run)
-            yield self._started(run)
+            yield run.started()
             while True:
                 if delta := self._take_output(run, stream):
                     yield delta
@@ -212,24 +209,26 @@ class Processor:
         assert run.resolved is not None
         run.attempt += 1
         query = run.query(self._peers.roster.of(WorkerRole.DECODE, run.resolved.model))
-        run.booking = await self._router.reserve(run.key, query, wait_s=self._waits.route_s)
+        run.booking = await self._router.reserve(
+            run.key, query, wait_s=self._waits.route_s, explain=run.request.explain
+        )
         run.worker = await self._record(run.booking)
         exchange = await self._exchanges.get(run.worker.address)
         now = asyncio.get_running_loop().time()
-        run.stream = exchange.submit(run.decode_request(router_id=self._router.router_id, now=now))
+        run.stream = exchange.submit(run.decode_request(now=now))
         return run.stream
 
-    async def _record(self, booking: Reservation) -> WorkerRecord:
+    async def _record(self, booking: Booking) -> WorkerRecord:
         """Return the record of the booked worker; the router may have heard of it a moment before this process."""
         try:
             async with asyncio.timeout(self._waits.connect_s):
                 while True:
-                    record = self._peers.roster.get(booking.worker.worker_id)
+                    record = self._peers.roster.get(booking.worker_id)
                     if record is not None and record.epoch == booking.epoch:
                         return record
                     await self._peers.changed()
         except TimeoutError as exc:
-            raise TryElsewhereError(Reason.WORKER_LOST, f"{booking.worker.worker_id} is not in discovery") from exc
+            raise TryElsewhereError(Reason.WORKER_LOST, f"{booking.worker_id} is not in discovery") from exc
 
     async def _first_output(self, run: RunningRequest, stream: WorkerStream) -> None:
         """Wait until something can be handed on; tell the router how the booking goes until then."""
@@ -280,12 +279,6 @@ class Processor:
             for record in self._peers.roster.of(WorkerRole.DECODE, run.resolved.model)
         )
 
-    def _started(self, run: RunningRequest) -> frontend_pb2.Started:
-        started = run.started()
-        if run.request.explain and run.booking is not None:
-            started.explanation.CopyFrom(explanation_to_proto(self._router.explain_booked(run.booking)))
-        return started
-
     def _take_output(self, run: RunningRequest, stream: WorkerStream) -> Delta | None:
         """Return what arrived as text and tokens, cut at a stop string; set `run.finished` at the end."""
         assert run.output is not None
@@ -318,8 +311,7 @@ class Processor:
         run.worker = None
         if run.booking is not None:
             self._progress.drop(run.booking.key)
-            with suppress(NotKnownError):  # it expired, or ended with its worker
-                self._router.release(run.booking.key)
+            self._router.release(run.booking)
             run.booking = None
 
     def _close(self, run: RunningRequest, outcome: str) -> None:

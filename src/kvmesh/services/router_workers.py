@@ -19,7 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kvmesh import telemetry
 from kvmesh.core.ids import RouterId, WorkerId
-from kvmesh.core.roster import RosterOutcome, WorkerRecord, WorkerRole
+from kvmesh.core.roster import RosterOutcome, WorkerRecord
 from kvmesh.core.routing import RoutingCore
 from kvmesh.core.worker_views import WorkerChange
 from kvmesh.discovery.discovery import Deleted, Discovery, DiscoveryEvent, Put, Snapshot
@@ -109,7 +109,7 @@ class RouterWorkers:
                     self._suspect(member)
 
     def _put(self, record: WorkerRecord) -> None:
-        if record.role is WorkerRole.QUEUE:
+        if not record.role.is_worker:
             return
         member = self._members.get(record.worker_id)
         if member is not None and member.record.epoch > record.epoch:

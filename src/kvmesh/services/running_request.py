@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from kvmesh.core.candidates import RoutingHints, RoutingQuery
-from kvmesh.core.ids import AttemptKey, RequestId, RouterId, WorkerId
-from kvmesh.core.reservations import Reservation
+from kvmesh.core.ids import AttemptKey, RequestId, WorkerId
 from kvmesh.core.roster import WorkerRecord
 from kvmesh.services.exchange_client import WorkerStream
 from kvmesh.services.output_text import OutputText
 from kvmesh.services.prompts import PreparedPrompt, fill_input
+from kvmesh.services.routing_port import Booking
 from kvmesh.v1 import decode_worker_pb2, frontend_pb2, generation_pb2
 from kvmesh.wire.routing import block_hashes_by_size, hints_from_proto
 from kvmesh.wire.validation import duration
@@ -41,7 +41,7 @@ class RunningRequest:
     """Workers that owned the request and failed it."""
     excluded: list[WorkerId] = field(default_factory=list)
     """Workers that failed an attempt."""
-    booking: Reservation | None = None
+    booking: Booking | None = None
     worker: WorkerRecord | None = None
     stream: WorkerStream | None = None
     deadline: asyncio.TimerHandle | None = None
@@ -76,7 +76,7 @@ class RunningRequest:
             expected_output_tokens=self.resolved.sampling.max_tokens,
         )
 
-    def decode_request(self, *, router_id: RouterId, now: float) -> decode_worker_pb2.DecodeRequest:
+    def decode_request(self, *, now: float) -> decode_worker_pb2.DecodeRequest:
         """Return what the booked worker is sent. Raises: FixRequestError if it reads no form of the prompt."""
         assert self.resolved is not None
         assert self.worker is not None
@@ -88,7 +88,7 @@ class RunningRequest:
             model=self.resolved.model,
             sampling=self.resolved.sampling,
             timeout=duration(max(self.deadline_at - now, 0.001)),
-            router_id=router_id,
+            router_id=self.booking.router_id,
             reservation_id=self.booking.reservation_id,
             lora=hints.lora,
             cache_namespace=hints.cache_namespace,
@@ -99,14 +99,15 @@ class RunningRequest:
         return request
 
     def started(self) -> frontend_pb2.Started:
-        """Return who serves it; the explanation is the router's to add."""
+        """Return who serves it."""
         assert self.resolved is not None
         assert self.booking is not None
         started = frontend_pb2.Started(
             request_id=self.request_id,
             client_request_id=self.request.client_request_id,
             model=self.resolved.model,
-            worker_id=self.booking.worker.worker_id,
+            worker_id=self.booking.worker_id,
+            explanation=self.booking.explanation,
             attempt=self.attempt,
             predicted_cached_tokens=self.predicted_cached_tokens,
         )

@@ -51,6 +51,33 @@ def query_from_proto(
     )
 
 
+def query_to_proto(query: RoutingQuery) -> router_pb2.RoutingQuery:
+    """Return the contract's form of a query. Of hashes for several block sizes only the smallest size's travel."""
+    message = router_pb2.RoutingQuery(
+        model=query.model,
+        prompt_tokens=query.prompt_tokens,
+        expected_output_tokens=query.expected_output_tokens or 0,
+        hints=_hints_to_proto(query),
+        prompt_text=query.prompt_text or "",
+    )
+    size = min(query.block_hashes, default=0)
+    if size:
+        message.block_hashes.block_size = size
+        message.block_hashes.sequence_hashes.extend(query.block_hashes[size])
+    return message
+
+
+def progress_to_proto(progress: Progress) -> router_pb2.ReservationProgress:
+    """Return the contract's form of one line of a report."""
+    return router_pb2.ReservationProgress(
+        request_id=progress.key.request_id,
+        attempt=progress.key.attempt,
+        accepted_load_sequence=progress.accepted_load_sequence,
+        prefill_complete=progress.prefill_complete,
+        output_blocks=progress.output_blocks,
+    )
+
+
 def block_hashes_by_size(
     tokens: NDArray[np.uint32], block_sizes: Collection[int], hints: generation_pb2.RoutingHints
 ) -> dict[int, tuple[SequenceHash, ...]]:
@@ -78,6 +105,27 @@ def hints_from_proto(hints: generation_pb2.RoutingHints) -> RoutingHints:
             request_weight=cost.request_weight if cost.HasField("request_weight") else None,
             temperature=cost.temperature if cost.HasField("temperature") else None,
         ),
+    )
+
+
+def _hints_to_proto(query: RoutingQuery) -> generation_pb2.RoutingHints:
+    hints, overrides = query.hints, query.hints.overrides
+    return generation_pb2.RoutingHints(
+        pinned_worker_id=hints.pinned_worker or "",
+        allowed_worker_ids=sorted(hints.allowed_workers),
+        excluded_worker_ids=sorted(hints.excluded_workers),
+        required_labels=hints.required_labels,
+        preferred_labels=hints.preferred_labels,
+        session_id=hints.session_id or "",
+        priority=hints.priority,
+        cost=generation_pb2.CostOverrides(
+            overlap_credit=overrides.overlap_credit,
+            prefill_scale=overrides.prefill_scale,
+            request_weight=overrides.request_weight,
+            temperature=overrides.temperature,
+        ),
+        lora=query.lora or "",
+        cache_namespace=query.cache_namespace or "",
     )
 
 
@@ -112,8 +160,10 @@ def _prompt(
             tokens = text_tokens(query.text)
         case "block_hashes":
             return query.prompt_tokens, _given_hashes(query, block_sizes, path)
+        case _ if query.prompt_tokens:  # nothing is known of its blocks: cold everywhere
+            return query.prompt_tokens, {}
         case _:
-            raise invalid(path, "set one of token_ids, block_hashes, text")
+            raise invalid(path, "set one of token_ids, block_hashes, text, or prompt_tokens alone")
     if not len(tokens):
         raise FixRequestError(Reason.EMPTY_PROMPT, "", field=f"{path}.{query.WhichOneof('input')}")
     return len(tokens), block_hashes_by_size(tokens, block_sizes, query.hints)
