@@ -3,8 +3,8 @@
     make bench                                        the table, and one JSON object on stdout
     python bench/serving.py --profile serving.prof    the same once, under cProfile (the figures are then slower)
 
-The mesh runs `--engine simulated --speedup 0`: what is measured is the mesh and not a model. Load comes from this process,
-over gRPC or HTTP, in a closed loop: each of `--concurrency` clients sends its next request when one has ended.
+The mesh runs `--engine simulated --speedup 0`: what is measured is the mesh and not a model. Load comes from this
+process, over gRPC or HTTP, in a closed loop: each of `--concurrency` clients sends its next request when one has ended.
 """
 
 import argparse
@@ -52,7 +52,8 @@ class MeshProcess:
         self._child = subprocess.Popen(
             [
                 *program, str(Path(sys.executable).with_name("kvmesh")), "up",
-                "--engine", "simulated", "--speedup", "0", "--decode", "2", "--prefill", "0", "--http-port", "0", "--grpc-port", "0", "--log-format", "json",
+                "--engine", "simulated", "--speedup", "0", "--decode", "2", "--prefill", "0",
+                "--http-port", "0", "--grpc-port", "0", "--log-format", "json",
             ],
             stderr=subprocess.PIPE,
             text=True,

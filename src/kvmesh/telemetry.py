@@ -54,6 +54,10 @@ QUEUE_TASKS = Counter("kvmesh_queue_tasks", "Prefill tasks, by what became of th
 QUEUE_DEPTH = Gauge("kvmesh_queue_depth", "Prefill tasks waiting for a lease.")
 QUEUE_LEASED = Gauge("kvmesh_queue_leased", "Prefill tasks under a lease.")
 
+DISCOVERY_FAILURES = Counter("kvmesh_discovery_failures", "Attempts that the discovery store did not answer.")
+DISCOVERY_SNAPSHOTS = Counter("kvmesh_discovery_snapshots", "Listings of the discovery store that began a watch anew.")
+DISCOVERY_LEASES_LOST = Counter("kvmesh_discovery_leases_lost", "Leases of ours that the discovery store let go.")
+
 EXCHANGES_OPEN = Gauge("kvmesh_exchanges_open", "Exchange streams that decode workers serve now.")
 EXCHANGE_FRAMES = Counter("kvmesh_exchange_frames", "Frames sent on Exchange streams.")
 

@@ -4,19 +4,37 @@ import asyncio
 
 import grpc
 import pytest
+from prometheus_client import REGISTRY
 
-from kvmesh import telemetry
 from kvmesh.core.errors import MeshError, Reason
 from kvmesh.runtime.mesh import Mesh
 from kvmesh.runtime.worker import Worker
 from kvmesh.testing.held_engine import HeldEngine, held_plan
-from kvmesh.testing.mesh import generate, open_frontend, read_baseline, running_mesh, wait_for_baseline
+from kvmesh.testing.mesh import (
+    Baseline,
+    WorkerBaseline,
+    generate,
+    open_frontend,
+    read_baseline,
+    running_mesh,
+    wait_for_baseline,
+)
 from kvmesh.v1 import frontend_pb2, generation_pb2
 from kvmesh.wire.error_catalog import from_rpc_error
 
 WITHIN_S = 10.0
 MANY = 1_000
 """Steps: more than any request here takes."""
+
+
+def retried() -> float:
+    """Count the requests that went to a second worker in this process."""
+    return REGISTRY.get_sample_value("kvmesh_request_retries_total") or 0.0
+
+
+def ended(wait: str) -> float:
+    """Count the waits of this name that ran out in this process."""
+    return REGISTRY.get_sample_value("kvmesh_wait_ended_total", {"wait": wait}) or 0.0
 
 
 def error_of(failure: BaseException) -> MeshError:
@@ -42,7 +60,7 @@ def release(engines: dict[str, HeldEngine]) -> None:
 async def test_a_worker_that_dies_before_the_first_token_is_replaced() -> None:
     plan, engines = held_plan()
     async with running_mesh(plan=plan, mesh__prefill=0) as mesh, open_frontend(mesh) as frontend:
-        retries = telemetry.REQUEST_RETRIES._value.get()
+        retries = retried()
         asked = asyncio.create_task(generate(frontend, "Survive me please"))
         dying = await busy_worker(mesh)
 
@@ -55,7 +73,7 @@ async def test_a_worker_that_dies_before_the_first_token_is_replaced() -> None:
         survivor = answer.started.worker_id.split("/")[0]
         assert answer.text == f"Survive me please_GeneratedBy_{survivor}"
         assert answer.finished is not None
-        assert telemetry.REQUEST_RETRIES._value.get() == retries + 1
+        assert retried() == retries + 1
         await nothing_is_held(mesh)
 
 
@@ -111,6 +129,21 @@ async def test_a_request_whose_worker_ends_after_the_first_token_fails_typed_and
         await nothing_is_held(mesh)
 
 
+async def test_a_worker_that_cannot_be_reached_costs_one_bounded_wait_and_no_request() -> None:
+    async with (
+        running_mesh(mesh__prefill=0, router__policy="prompt_similarity", waits__connect_s=0.5) as mesh,
+        open_frontend(mesh) as frontend,
+    ):
+        before = ended("connect_s")
+        await mesh.workers[0].aclose()  # its record stays, as that of a process that was killed does for a while
+
+        answer = await generate(frontend, "Where are you", timeout_s=WITHIN_S)
+
+        assert (answer.started.attempt, answer.started.worker_id) == (2, "NODE2/decode/1")
+        assert ended("connect_s") == before + 1
+        await nothing_is_held(mesh)
+
+
 async def test_a_request_that_two_workers_lost_is_not_given_to_a_third() -> None:
     plan, engines = held_plan()
     async with running_mesh(plan=plan, mesh__decode=3, mesh__prefill=0) as mesh, open_frontend(mesh) as frontend:
@@ -131,7 +164,7 @@ async def test_a_request_that_two_workers_lost_is_not_given_to_a_third() -> None
 
 async def test_without_any_worker_a_request_waits_for_one_and_ends_with_no_workers() -> None:
     async with running_mesh(mesh__prefill=0, waits__route_s=0.5) as mesh, open_frontend(mesh) as frontend:
-        ended = telemetry.WAIT_ENDED.labels(wait="route_s")._value.get()
+        before = ended("route_s")
         for worker in mesh.workers:
             await worker.stop()
         began = asyncio.get_running_loop().time()
@@ -143,7 +176,7 @@ async def test_without_any_worker_a_request_waits_for_one_and_ends_with_no_worke
         assert error_of(refused.value).reason is Reason.NO_WORKERS
         assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
         assert 0.5 <= waited_s < WITHIN_S
-        assert telemetry.WAIT_ENDED.labels(wait="route_s")._value.get() == ended + 1
+        assert ended("route_s") == before + 1
 
 
 async def test_a_model_that_nobody_serves_is_refused_at_once() -> None:
@@ -158,5 +191,4 @@ async def test_a_model_that_nobody_serves_is_refused_at_once() -> None:
 async def nothing_is_held(mesh: Mesh) -> None:
     """Wait until no living worker, booking or queue holds anything."""
     found = await read_baseline(mesh)
-    empty = type(found)(workers={worker_id: type(one)() for worker_id, one in found.workers.items()})
-    await wait_for_baseline(mesh, empty, within_s=WITHIN_S)
+    await wait_for_baseline(mesh, Baseline(workers=dict.fromkeys(found.workers, WorkerBaseline())), within_s=WITHIN_S)

@@ -7,8 +7,8 @@ from typing import Any
 
 import grpc
 import pytest
+from prometheus_client import REGISTRY
 
-from kvmesh import telemetry
 from kvmesh.core.errors import Reason
 from kvmesh.services.channels import PortTakenError
 from kvmesh.testing.held_engine import held_plan
@@ -23,6 +23,16 @@ SIMULATED: dict[str, Any] = {"engine__name": "simulated", "engine__options__bloc
 ENGINE_THREADS = "engine-"
 
 
+def retried() -> float:
+    """Count the requests that went to a second worker in this process."""
+    return REGISTRY.get_sample_value("kvmesh_request_retries_total") or 0.0
+
+
+def ended(wait: str) -> float:
+    """Count the waits of this name that ran out in this process."""
+    return REGISTRY.get_sample_value("kvmesh_wait_ended_total", {"wait": wait}) or 0.0
+
+
 def engine_threads() -> int:
     return sum(thread.name.startswith(ENGINE_THREADS) for thread in threading.enumerate())
 
@@ -31,7 +41,7 @@ async def test_a_stop_lets_streams_finish_or_ends_them_typed_within_the_drain() 
     async with running_mesh(waits__drain_s=DRAIN_S, mesh__prefill=1, **SIMULATED) as mesh:
         async with open_frontend(mesh) as frontend:
             loop = asyncio.get_running_loop()
-            ended = telemetry.WAIT_ENDED.labels(wait="drain_s")._value.get()
+            before = ended("drain_s")
             answers = [Answer() for _ in range(STREAMS)]
             short, long = range(STREAMS // 2), range(STREAMS // 2, STREAMS)
             tasks = [
@@ -61,14 +71,14 @@ async def test_a_stop_lets_streams_finish_or_ends_them_typed_within_the_drain() 
         errors = [results[number] for number in long]
         assert all(isinstance(error, grpc.aio.AioRpcError) for error in errors)
         assert {from_rpc_error(error).reason for error in errors} == {Reason.DRAINING}  # type: ignore[arg-type]  # asserted above
-        assert telemetry.WAIT_ENDED.labels(wait="drain_s")._value.get() > ended
+        assert ended("drain_s") > before
 
 
 async def test_a_request_without_a_token_yet_is_ended_by_the_stop_and_not_retried() -> None:
     plan, _ = held_plan()
     async with running_mesh(plan=plan, waits__drain_s=0.5, mesh__prefill=0) as mesh:
         async with open_frontend(mesh) as frontend:
-            retries = telemetry.REQUEST_RETRIES._value.get()
+            retries = retried()
             asked = asyncio.create_task(generate(frontend, "Too late", timeout_s=BOUND_S))
             async with asyncio.timeout(BOUND_S):
                 while not mesh.topology().counters.reservations:
@@ -79,7 +89,7 @@ async def test_a_request_without_a_token_yet_is_ended_by_the_stop_and_not_retrie
             with pytest.raises(grpc.aio.AioRpcError) as ended:
                 await asked
         assert from_rpc_error(ended.value).reason is Reason.DRAINING
-        assert telemetry.REQUEST_RETRIES._value.get() == retries
+        assert retried() == retries
 
 
 async def test_a_mesh_that_stops_takes_nothing_new() -> None:

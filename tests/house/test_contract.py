@@ -7,6 +7,7 @@ import pytest
 from google.api import annotations_pb2
 from google.protobuf.descriptor import Descriptor, FileDescriptor
 
+from kvmesh.etcd.v1 import etcd_pb2
 from kvmesh.v1 import (
     decode_worker_pb2,
     frontend_pb2,
@@ -24,8 +25,8 @@ ROOT = Path(__file__).parents[2]
 FILES: list[FileDescriptor] = [
     module.DESCRIPTOR
     for module in (
-        decode_worker_pb2, frontend_pb2, generation_pb2, kv_transfer_pb2, prefill_queue_pb2, prefill_worker_pb2,
-        processor_pb2, router_pb2, worker_control_pb2, worker_events_pb2,
+        decode_worker_pb2, etcd_pb2, frontend_pb2, generation_pb2, kv_transfer_pb2, prefill_queue_pb2,
+        prefill_worker_pb2, processor_pb2, router_pb2, worker_control_pb2, worker_events_pb2,
     )
 ]  # fmt: skip
 # Where a status is what the message is about, and not how its own call ended.

@@ -1,6 +1,7 @@
 """Pins that a worker holds for others: each ends once, by Release or by time; and the direct mode that lends them."""
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Any
 
@@ -8,7 +9,12 @@ import grpc
 import pytest
 
 from kvmesh.core.errors import Reason
+from kvmesh.core.ids import Epoch, WorkerId
 from kvmesh.runtime.worker import Worker
+from kvmesh.services.engine_driver import EngineDriver
+from kvmesh.services.identity import WorkerIdentity
+from kvmesh.services.kv_transfer import LentPins
+from kvmesh.services.prefill_compute import PrefillCompute
 from kvmesh.testing.worker_group import (
     BLOCK_BYTES,
     GENEROUS_S,
@@ -17,6 +23,7 @@ from kvmesh.testing.worker_group import (
     WorkerGroup,
     worker_group,
 )
+from kvmesh.transports.memory import MemoryNetwork, MemoryTransport
 from kvmesh.v1 import generation_pb2, kv_transfer_pb2, prefill_queue_pb2, prefill_worker_pb2, worker_control_pb2
 from kvmesh.wire.error_catalog import from_rpc_error
 
@@ -210,3 +217,26 @@ async def test_draining_worker_takes_no_direct_task(group: WorkerGroup) -> None:
         await prefill(group, worker)
 
     assert from_rpc_error(caught.value).reason is Reason.DRAINING
+
+
+async def test_pin_of_a_result_that_arrives_for_a_cancelled_waiter_is_given_back() -> None:
+    at_turn: list[Callable[[], object]] = []
+
+    def on_turn(events: object) -> None:
+        for act in at_turn:
+            act()
+
+    driver = EngineDriver(HeldSimulatedEngine(), on_turn=on_turn, name="test")
+    compute = PrefillCompute(
+        identity=WorkerIdentity(WorkerId("w"), Epoch(1)), driver=driver, pins=LentPins(driver, pin_ttl_s=GENEROUS_S),
+        transport=MemoryTransport(MemoryNetwork()),
+    )  # fmt: skip
+    driver.start()
+    computing = asyncio.ensure_future(compute.compute(prefill_task()))
+    at_turn.append(computing.cancel)  # at the end of the one turn, its output not yet delivered
+    await asyncio.wait([computing])
+    stats = await driver.call(lambda engine: engine.pool_stats())
+    await driver.aclose()
+
+    assert computing.cancelled()
+    assert (stats.pins, stats.used_blocks) == (0, 0)

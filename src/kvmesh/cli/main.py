@@ -11,6 +11,7 @@ import typer
 from kvmesh.cli.config import show_config
 from kvmesh.cli.drain import drain
 from kvmesh.cli.generate import generate
+from kvmesh.cli.model import make_tiny
 from kvmesh.cli.options import examples
 from kvmesh.cli.probe import BAD_FLAGS, probe
 from kvmesh.cli.replay import replay
@@ -21,6 +22,7 @@ from kvmesh.cli.up import up
 # Typer's rich help and tracebacks would cost 300 ms on every start, also that of a mesh.
 app = typer.Typer(name="kvmesh", rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
 config_app = typer.Typer(rich_markup_mode=None, help="The settings.", epilog=examples("kvmesh config show"))
+model_app = typer.Typer(rich_markup_mode=None, help="Model folders.", epilog=examples("kvmesh model make-tiny ./tiny"))
 
 app.command(
     epilog=examples(
@@ -43,6 +45,8 @@ app.command(
 )(replay)
 config_app.command("show", epilog=examples("kvmesh config show", "kvmesh config show --config mesh.toml"))(show_config)
 app.add_typer(config_app, name="config")
+model_app.command("make-tiny", epilog=examples("kvmesh model make-tiny ./tiny"))(make_tiny)
+app.add_typer(model_app, name="model")
 
 
 @app.callback(

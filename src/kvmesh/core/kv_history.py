@@ -2,7 +2,7 @@
 
 Laws:
     - the position counts batches, from 0 before the first; a batch is never split, merged or renumbered in here;
-    - the ring holds the latest batches: a position older than the ring, or beyond the newest, is answered by a snapshot;
+    - the ring holds the latest batches: a position older than the ring, or beyond the newest, gets a snapshot;
     - a snapshot lists parents before children. A block that was removed while blocks below it are still cached stays in
       the table as a ghost until those are gone: a snapshot stores it and then removes it, so that its reader learns
       where the blocks below belong.

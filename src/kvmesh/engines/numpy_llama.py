@@ -60,27 +60,24 @@ class LlamaRequest(PagedRequest):
 class NumpyLlamaEngine(PagedEngine[LlamaRequest]):
     """A Llama model behind the engine port; engines of one process share `weights`."""
 
-    def __init__(
-        self, weights: LlamaWeights, options: NumpyLlamaOptions | None = None, *, eos_token_ids: Sequence[int] = ()
-    ) -> None:
-        """Start with an empty cache; `eos_token_ids` are the model's, those of `options` are added."""
-        options = options or NumpyLlamaOptions()
-        model = _LlamaModel(weights, options, eos_token_ids=tuple(sorted({*eos_token_ids, *options.eos_token_ids})))
-        super().__init__(
-            "numpy_llama", options, model=model, context_limit_tokens=weights.config.max_context_tokens
-        )
+    def __init__(self, weights: LlamaWeights, options: NumpyLlamaOptions | None = None) -> None:
+        """Start with an empty cache; `options.dtype` is that of the weights."""
+        options = options or NumpyLlamaOptions(dtype=weights.dtype.name)
+        assert options.dtype == weights.dtype.name, f"the weights are {weights.dtype.name}"
+        super().__init__("numpy_llama", options, model=_LlamaModel(weights, options))
 
 
 class _LlamaModel:
     """The weights over one engine's KV memory."""
 
-    def __init__(self, weights: LlamaWeights, options: NumpyLlamaOptions, *, eos_token_ids: tuple[int, ...]) -> None:
+    def __init__(self, weights: LlamaWeights, options: NumpyLlamaOptions) -> None:
         config = weights.config
         block_shape = (config.layers, 2, options.block_size, config.kv_heads, config.head_dim)
         self._kv: Floats = np.zeros((options.total_blocks, *block_shape), dtype=weights.dtype)
         self.memory: npt.NDArray[np.uint8] = self._kv.reshape(options.total_blocks, -1).view(np.uint8)
         self.vocab_size = config.vocab_size
-        self.eos_token_ids = eos_token_ids
+        self.max_context_tokens = config.max_context_tokens
+        self.eos_token_ids = options.eos_token_ids
         self.layout = KvLayout(
             dtype=weights.dtype.name,
             layers=config.layers,
@@ -92,7 +89,7 @@ class _LlamaModel:
             bytes_per_block=self.memory.shape[1],
         )
         self._forward = LlamaForward(weights)
-        self._ends = frozenset(eos_token_ids)
+        self._ends = frozenset(options.eos_token_ids)
         self._seeds = np.random.default_rng()
 
     def open(self, request: EngineRequest, *, limit: int, arrival: int) -> LlamaRequest:

@@ -11,7 +11,6 @@ from kvmesh.core.errors import FixRequestError, Reason
 T = TypeVar("T", int, float)
 
 _CONFIG_FILE = "config.json"
-_GENERATION_CONFIG_FILE = "generation_config.json"
 _DEFAULT_MAX_CONTEXT_TOKENS = 2_048
 """What the architecture assumes where config.json is silent."""
 
@@ -67,15 +66,6 @@ class LlamaConfig:
             FixRequestError: INVALID_FIELD on engine.model, naming the key that is missing or not supported.
         """
         return _Reader(folder, _read_json(folder, _CONFIG_FILE)).config()
-
-
-def read_eos_token_ids(folder: Path) -> tuple[int, ...]:
-    """Return the ids that config.json and generation_config.json say end a sequence, sorted; blocks on the disk."""
-    values = [_read_json(folder, _CONFIG_FILE).get("eos_token_id")]
-    if (folder / _GENERATION_CONFIG_FILE).is_file():
-        values.append(_read_json(folder, _GENERATION_CONFIG_FILE).get("eos_token_id"))
-    ids = [item for value in values for item in (value if isinstance(value, list) else [value])]
-    return tuple(sorted({item for item in ids if isinstance(item, int) and item >= 0}))
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,24 +47,21 @@ class LlamaForward:
     def compute(self, spans: Sequence[Span], kv: Floats) -> Floats:
         """Write the KV of every span into `kv` and return the hidden state of its last token (spans, hidden_size)."""
         config, weights = self._config, self._weights
-        block_size = kv.shape[3]
         positions = np.concatenate([np.arange(span.start, span.stop) for span in spans])
-        blocks = np.concatenate(
-            [np.asarray(span.blocks)[np.arange(span.start, span.stop) // block_size] for span in spans]
-        )
-        offsets = positions % block_size
         ends = np.cumsum([len(span.token_ids) for span in spans])
-        angles = positions[:, np.newaxis] * self._frequencies
-        cos, sin = (turn(angles).astype(weights.dtype)[:, np.newaxis, :] for turn in (np.cos, np.sin))
-        q_size, kv_size = config.heads * config.head_dim, config.kv_heads * config.head_dim
-        x = weights.embedding[np.concatenate([span.token_ids for span in spans])]
+        blocks, offsets = _slots(spans, block_size=kv.shape[3])
+        angles = positions[:, np.newaxis, np.newaxis] * self._frequencies
+        cos, sin = np.cos(angles).astype(weights.dtype), np.sin(angles).astype(weights.dtype)
+        x: Floats = weights.embedding[np.concatenate([span.token_ids for span in spans])]
         for index, layer in enumerate(weights.layers):
-            q, k, v = np.split(_rms_norm(x, layer.attention_norm, config.norm_eps) @ layer.qkv, (q_size, -kv_size), 1)
-            q = _rotate(q.reshape(len(x), config.heads, config.head_dim), cos, sin)
-            kv[blocks, index, 0, offsets] = _rotate(k.reshape(len(x), config.kv_heads, config.head_dim), cos, sin)
-            kv[blocks, index, 1, offsets] = v.reshape(len(x), config.kv_heads, config.head_dim)
+            projected = _rms_norm(x, layer.attention_norm, config.norm_eps) @ layer.qkv
+            by_head = projected.reshape(len(x), -1, config.head_dim)
+            queries, keys, values = np.split(by_head, (config.heads, config.heads + config.kv_heads), axis=1)
+            turned = _rotate(queries, cos, sin)
+            kv[blocks, index, 0, offsets] = _rotate(keys, cos, sin)
+            kv[blocks, index, 1, offsets] = values
             attended = [
-                self._attend(q[end - len(span.token_ids) : end], span, kv, index)
+                self._attend(turned[end - len(span.token_ids) : end], span, kv, index)
                 for span, end in zip(spans, ends, strict=True)
             ]
             x = x + np.concatenate(attended) @ layer.output
@@ -78,7 +75,7 @@ class LlamaForward:
         result: Floats = _rms_norm(hidden, self._weights.norm, self._config.norm_eps) @ self._weights.head
         return result
 
-    def _attend(self, q: Floats, span: Span, kv: Floats, layer: int) -> Floats:
+    def _attend(self, queries: Floats, span: Span, kv: Floats, layer: int) -> Floats:
         """Attend from the span's queries (tokens, heads, head_dim) to everything up to each; (tokens, heads x dim)."""
         config = self._config
         used = np.asarray(span.blocks[: -(-span.stop // kv.shape[3])])
@@ -87,10 +84,10 @@ class LlamaForward:
         )
         part = max(_MAX_SCORES // (config.heads * span.stop), 1)
         parts = []
-        for first in range(0, len(q), part):
-            queries = q[first : first + part]
-            stop = span.start + first + len(queries)
-            parts.append(_attention(queries, keys[:stop], values[:stop]))
+        for first in range(0, len(queries), part):
+            some = queries[first : first + part]
+            stop = span.start + first + len(some)
+            parts.append(_attention(some, keys[:stop], values[:stop]))
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
@@ -108,23 +105,32 @@ def rope_frequencies(config: LlamaConfig) -> npt.NDArray[np.float64]:
     return scaled
 
 
-def _attention(q: Floats, keys: Floats, values: Floats) -> Floats:
+def _slots(spans: Sequence[Span], *, block_size: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    """Return, for each row of the spans, the block that takes its KV and the token's place in it."""
+    blocks, offsets = [], []
+    for span in spans:
+        indices, places = np.divmod(np.arange(span.start, span.stop), block_size)
+        blocks.append(np.asarray(span.blocks)[indices])
+        offsets.append(places)
+    return np.concatenate(blocks), np.concatenate(offsets)
+
+
+def _attention(queries: Floats, keys: Floats, values: Floats) -> Floats:
     """Attend from the last `len(q)` positions (tokens, heads, dim) to all of `keys` (positions, kv_heads, dim)."""
-    count, heads, dim = q.shape
+    count, heads, dim = queries.shape
     stop, kv_heads, _ = keys.shape
     group = heads // kv_heads
     # The queries of a group meet the same keys: they are rows of one matrix per KV head.
-    grouped = q.reshape(count, kv_heads, group, dim).transpose(1, 2, 0, 3).reshape(kv_heads, group * count, dim)
-    scores = (grouped * dim**-0.5) @ keys.transpose(1, 2, 0)
+    rows = queries.reshape(count, kv_heads, group, dim).transpose(1, 2, 0, 3).reshape(kv_heads, group * count, dim)
+    scores = (rows * dim**-0.5) @ keys.transpose(1, 2, 0)
     if count > 1:
         future = np.triu(np.ones((count, count), dtype=bool), k=1)
         scores.reshape(kv_heads, group, count, stop)[..., stop - count :][..., future] = -np.inf
     scores -= scores.max(axis=-1, keepdims=True)
     np.exp(scores, out=scores)
     scores /= scores.sum(axis=-1, keepdims=True)
-    attended = scores @ values.transpose(1, 0, 2)
-    rows: Floats = attended.reshape(kv_heads, group, count, dim).transpose(2, 0, 1, 3).reshape(count, heads * dim)
-    return rows
+    by_group: Floats = (scores @ values.transpose(1, 0, 2)).reshape(kv_heads, group, count, dim)
+    return by_group.transpose(2, 0, 1, 3).reshape(count, heads * dim)
 
 
 def _rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:

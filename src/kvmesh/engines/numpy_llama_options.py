@@ -23,11 +23,11 @@ class NumpyLlamaOptions:
     max_batched_tokens: int = number(512, 1, 2**24)
     """Tokens computed in one step: one per decoding request, the rest for chunks of prompts."""
     max_context_tokens: int = number(131_072, 2, 2**31)
-    """Tokens of prompt and output together; never more than the pool holds."""
+    """Tokens of prompt and output together; never more than the model was made for, or than the pool holds."""
     dtype: str = choice("float32", "float64")
     """Of weights, arithmetic and KV. float64 for exact comparisons: there no batch and no chunk changes a token."""
     eos_token_ids: tuple[int, ...] = ()
-    """Ids that end a sequence, besides those that the model's own files name. As text: `1,2`."""
+    """Ids that end a sequence. As text: `1,2`."""
 
     def __post_init__(self) -> None:
         """Check every range."""

@@ -22,9 +22,7 @@ def pick_token(logits: Floats, sampling: Sampling, *, seed: int, position: int) 
     return int(order[min(int(rank), len(order) - 1)])
 
 
-def token_probabilities(
-    logits: Floats, sampling: Sampling
-) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]:
+def token_probabilities(logits: Floats, sampling: Sampling) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]:
     """Return the tokens that may be drawn, likeliest first, and their probabilities, which sum to 1.
 
     First the `top_k` likeliest are kept, then of these the fewest whose probabilities reach `top_p`.

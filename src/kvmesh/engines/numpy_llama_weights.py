@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,6 @@ from xxhash import xxh3_128
 from kvmesh.engines.numpy_llama_config import LlamaConfig, unusable_model
 
 Floats = npt.NDArray[np.floating[Any]]
-FloatName = Literal["float32", "float64"]
 
 _SINGLE_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
@@ -57,24 +56,23 @@ class LlamaWeights:
 
 
 def check_weight_files(folder: Path) -> None:
-    """Refuse a folder without weights, before the time is taken to load them. Raises: FixRequestError(INVALID_FIELD)."""
+    """Refuse a folder without weights before time is spent on others. Raises: FixRequestError(INVALID_FIELD)."""
     _weight_files(folder)
 
 
-def load_weights(folder: Path, config: LlamaConfig, *, dtype: FloatName) -> LlamaWeights:
-    """Read a model's weights; blocks on the disk.
+def load_weights(folder: Path, *, dtype: str) -> LlamaWeights:
+    """Read a model as float32 or float64; blocks on the disk.
 
     Raises:
         FixRequestError: INVALID_FIELD on engine.model, naming the file or tensor that is missing or broken.
     """
+    config = LlamaConfig.read(folder)
     stored: dict[str, npt.NDArray[Any]] = {}
     for file in _weight_files(folder):
         stored |= _map_tensors(folder, file)
     tensors = _Tensors(folder, stored, np.dtype(dtype))
     embedding = tensors.take("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
-    head = (
-        embedding if config.has_tied_head else tensors.take("lm_head.weight", config.vocab_size, config.hidden_size)
-    )
+    head = embedding if config.has_tied_head else tensors.take("lm_head.weight", config.vocab_size, config.hidden_size)
     return LlamaWeights(
         config=config,
         embedding=embedding,

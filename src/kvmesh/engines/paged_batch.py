@@ -39,7 +39,9 @@ class PagedBatch(Generic[R]):
     ) -> None:
         """Run `model` on the blocks of `pool`."""
         self.max_sequences = min(options.max_sequences, options.max_batched_tokens)
-        self.max_context_tokens = min(options.max_context_tokens, options.total_blocks * options.block_size)
+        self.max_context_tokens = min(
+            options.max_context_tokens, model.max_context_tokens, options.total_blocks * options.block_size
+        )
         self.prompt_tokens = 0
         """Of all requests admitted so far."""
         self.cached_tokens = 0

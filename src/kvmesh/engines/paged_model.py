@@ -53,6 +53,10 @@ class PagedModel(Protocol[R]):
         """Token ids are 0 .. vocab_size - 1."""
 
     @property
+    def max_context_tokens(self) -> int:
+        """Tokens of prompt and output together that it can attend to."""
+
+    @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Ids that end a sequence."""
 

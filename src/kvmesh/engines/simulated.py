@@ -35,6 +35,7 @@ class _SimulatedModel:
     def __init__(self, options: SimulatedOptions) -> None:
         self.memory: npt.NDArray[np.uint8] = np.zeros((options.total_blocks, options.block_bytes), dtype=np.uint8)
         self.vocab_size = options.vocab_size
+        self.max_context_tokens = options.max_context_tokens
         self.eos_token_ids = options.eos_token_ids
         self.layout = KvLayout(
             dtype="uint64",
