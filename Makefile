@@ -74,6 +74,9 @@ protos: .venv-protos/.installed build/googleapis ## Generate the Python code of 
 	  --python_out=$(GENERATED) --grpc_python_out=$(GENERATED) --mypy_out=quiet:$(GENERATED) --mypy_grpc_out=quiet:$(GENERATED) \
 	  $(PROTO_FILES)
 
+bench: install-dev ## Measure what serving costs: a table on stderr, one JSON object on stdout
+	@$(BIN)/python bench/serving.py
+
 lock: $(VENV)/.installed ## Resolve the lock files anew
 	$(UV) pip compile --quiet --upgrade --universal --generate-hashes --no-annotate --no-header --extra etcd pyproject.toml -o requirements.lock
 	$(UV) pip compile --quiet --upgrade --universal --generate-hashes --no-annotate --no-header --extra etcd pyproject.toml --group dev -o requirements-dev.lock
