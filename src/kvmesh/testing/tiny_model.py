@@ -41,6 +41,7 @@ _CONFIG: dict[str, Any] = {
     "vocab_size": _VOCAB_SIZE,
 }
 _SEED = 2_026
+_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
 
 def write_tiny_model(folder: Path, *, seed: int = _SEED) -> Path:
@@ -50,16 +51,17 @@ def write_tiny_model(folder: Path, *, seed: int = _SEED) -> Path:
         FixRequestError: INVALID_FIELD `folder`, and nothing is written, if another model is there.
         OSError: it cannot be written.
     """
-    config = json.dumps(_CONFIG, indent=2) + "\n"
-    present = folder / "config.json"
-    if present.is_file() and present.read_text(encoding="utf-8") != config:
+    config, config_file = (json.dumps(_CONFIG, indent=2) + "\n").encode(), folder / "config.json"
+    is_ours = config_file.is_file() and config_file.read_bytes() == config
+    if not is_ours and any((folder / name).exists() for name in _FILES):
         raise FixRequestError(Reason.INVALID_FIELD, f"{folder} holds another model", field="folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    config_file.write_bytes(config)  # first: what is interrupted is known as ours, and can be written again
     write_tiny_tokenizer(folder, vocab_size=_VOCAB_SIZE, max_context_tokens=_MAX_CONTEXT_TOKENS)
     _check_special_tokens(folder)
     generation = {"bos_token_id": _BOS_TOKEN_ID, "eos_token_id": _EOS_TOKEN_ID, "do_sample": True, "temperature": 1.0}
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
     (folder / "model.safetensors").write_bytes(save(_weights(seed), metadata={"format": "pt"}))
-    present.write_text(config, encoding="utf-8")
     return folder
 
 
