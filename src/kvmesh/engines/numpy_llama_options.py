@@ -25,7 +25,7 @@ class NumpyLlamaOptions:
     max_context_tokens: int = number(131_072, 2, 2**31)
     """Tokens of prompt and output together; never more than the model was made for, or than the pool holds."""
     dtype: str = choice("float32", "float64")
-    """Of weights, arithmetic and KV. float64 for exact comparisons: there no batch and no chunk changes a token."""
+    """Of weights, arithmetic and KV. float64 for exact comparisons of tokens."""
     eos_token_ids: tuple[int, ...] = ()
     """Ids that end a sequence. As text: `1,2`."""
 
