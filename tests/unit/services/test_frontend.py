@@ -149,7 +149,7 @@ async def test_clients_deadline_bounds_the_request() -> None:
 
     timeout_s = generator.timeouts_s[0]
     assert timeout_s is not None
-    assert 0 < timeout_s <= GENEROUS_S
+    assert 0 < timeout_s < 1.5 * GENEROUS_S  # gRPC rounds a deadline up on the wire
 
 
 async def test_a_client_without_a_deadline_gets_the_settings() -> None:
