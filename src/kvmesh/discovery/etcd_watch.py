@@ -1,12 +1,14 @@
 """Follows one namespace of etcd through whatever happens to the connection and the store.
 
-    unknown -- list --> listed -- watch from the next revision --> watching -- the stream ends --> resuming
-    resuming -- the store's history is still ours: watch from the next revision --> watching
+    unknown -- list --> resuming
+    watching -- the stream ends --> resuming
+    resuming -- watch from the next revision, and the store's history is still ours --> watching
     resuming -- compacted, emptied, or another store --> unknown
     any -- etcd does not answer --> the same, after a pause; the last view stands and nothing is told
 
 A store that was emptied may have grown past our revision before we look: then neither its revision nor its cluster id
-betrays it. So a key that we know is looked up at the revision that we know: same change, same lease, same history.
+betrays it. So a key that we know is looked up at the revision that we know: same change, same lease, same history. The
+look comes after the stream is open, since a store that is emptied later ends the stream.
 """
 
 from kvmesh import telemetry
@@ -30,7 +32,6 @@ class EtcdWatch:
         self._cluster_id = 0
         self._revision: int | None = None
         """All up to it is in the view; None: unknown."""
-        self._is_just_listed = False
         self._stream: EtcdWatchStream | None = None
         self._retry = Retry("watch", namespace=namespace)
 
@@ -62,25 +63,34 @@ class EtcdWatch:
     async def _list(self) -> Snapshot:
         listing = await self._client.list(self._prefix)
         self._cluster_id, self._revision = listing.header.cluster_id, listing.header.revision
-        self._is_just_listed = True
         telemetry.DISCOVERY_SNAPSHOTS.inc()
         return self._view.reset(listing.kvs)
 
     async def _resume(self, revision: int) -> EtcdWatchStream:
-        """Watch from the next revision on. Raises: RevisionGoneError if the store's history is not what we know."""
-        if not self._is_just_listed:
-            await self._check_history(revision)
+        """Watch from the next revision on.
+
+        Raises: RevisionGoneError if the store's history is not what we know; EtcdUnavailableError.
+        """
         stream = await self._client.watch(self._prefix, start_revision=revision + 1)
-        self._is_just_listed = False
+        try:
+            await self._check_history(revision)
+        except BaseException:
+            stream.close()
+            raise
         return stream
 
     async def _check_history(self, revision: int) -> None:
         witness = self._view.witness()
         if witness is None:
-            raise RevisionGoneError("nothing known to compare with")  # and nothing lost by listing anew
-        answer = await self._client.get(witness.key, revision=revision)
-        found = [(kv.mod_revision, kv.lease_id) for kv in answer.kvs]
-        if answer.header.cluster_id != self._cluster_id or found != [(witness.mod_revision, witness.lease_id)]:
+            answer = await self._client.list(self._prefix)
+            # We know that nothing stood there at our revision: all that stands there now came later.
+            is_ours = answer.header.revision >= revision and all(kv.mod_revision > revision for kv in answer.kvs)
+        else:
+            answer = await self._client.get(witness.key, revision=revision)
+            is_ours = [(kv.mod_revision, kv.lease_id) for kv in answer.kvs] == [
+                (witness.mod_revision, witness.lease_id)
+            ]
+        if answer.header.cluster_id != self._cluster_id or not is_ours:
             raise RevisionGoneError("another store, or one that was emptied")
 
     async def _read(self, stream: EtcdWatchStream) -> list[DiscoveryEvent]:

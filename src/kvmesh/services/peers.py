@@ -1,11 +1,15 @@
-"""What a worker needs to know of the others: where the queue is, and who could prefill. Learned from discovery."""
+"""What a worker needs to know of the others: where the queue is, and who could prefill. Learned from discovery.
+
+As for the router, a record that goes without a word takes nobody away while its server answers: see `Suspects`.
+"""
 
 import asyncio
 from contextlib import aclosing
 
-from kvmesh.core.roster import Roster, WorkerRole
+from kvmesh.core.roster import Roster, RosterOutcome, WorkerRecord, WorkerRole
 from kvmesh.discovery.discovery import Deleted, Discovery, DiscoveryEvent, Put, Snapshot
 from kvmesh.services.owned_tasks import OwnedTasks
+from kvmesh.services.suspects import Suspects
 
 
 class Peers:
@@ -18,6 +22,7 @@ class Peers:
         self._namespace = namespace
         self._tasks = OwnedTasks()
         self._changed = asyncio.Event()
+        self._suspects = Suspects(on_gone=self._remove)
 
     def start(self) -> None:
         """Begin to follow."""
@@ -26,6 +31,7 @@ class Peers:
     async def aclose(self) -> None:
         """Stop following."""
         await self._tasks.aclose()
+        await self._suspects.aclose()
 
     def prefill_workers(self, model: str) -> int:
         """Count the prefill workers that take new work for `model` ("" = any)."""
@@ -56,16 +62,37 @@ class Peers:
         async with aclosing(self._discovery.watch(self._namespace)) as events:
             async for event in events:
                 self._apply(event)
-                self._changed.set()
-                self._changed = asyncio.Event()
+                self._roster_changed()
 
     def _apply(self, event: DiscoveryEvent) -> None:
         match event:
             case Snapshot(records):
-                self.roster = Roster()
                 for record in records:
-                    self.roster.put(record)
+                    self._put(record)
+                listed = {record.worker_id for record in records}
+                for record in self.roster.records():
+                    if record.worker_id not in listed:
+                        self._suspects.suspect(record)
             case Put(record):
-                self.roster.put(record)
-            case Deleted(worker_id, epoch):
-                self.roster.remove(worker_id, epoch)
+                self._put(record)
+            case Deleted(worker_id, epoch, graceful):
+                live = self.roster.get(worker_id)
+                if live is None or live.epoch != epoch:
+                    return
+                if graceful:
+                    self._remove(live)
+                else:
+                    self._suspects.suspect(live)
+
+    def _put(self, record: WorkerRecord) -> None:
+        if self.roster.put(record) is not RosterOutcome.STALE_EPOCH:
+            self._suspects.trust(record.worker_id)
+
+    def _remove(self, record: WorkerRecord) -> None:
+        self._suspects.trust(record.worker_id)
+        self.roster.remove(record.worker_id, record.epoch)
+        self._roster_changed()
+
+    def _roster_changed(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()

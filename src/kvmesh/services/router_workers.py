@@ -12,10 +12,6 @@ So neither an outage of the store nor a storm of deletions empties the router.
 import asyncio
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from typing import Any
-
-import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kvmesh import telemetry
 from kvmesh.core.ids import RouterId, WorkerId
@@ -27,12 +23,9 @@ from kvmesh.services.channels import Channels
 from kvmesh.services.owned_tasks import OwnedTasks
 from kvmesh.services.router_subscriptions import WorkerSubscription, min_interval_s
 from kvmesh.services.signal import Signal
+from kvmesh.services.suspects import Suspects
 
 log = telemetry.logger(__name__)
-
-_HEALTH_TIMEOUT_S = 2.0
-_HEALTH_INTERVAL_S = 2.0
-"""Between two looks at a suspect."""
 
 
 @dataclass(slots=True, eq=False)
@@ -44,7 +37,6 @@ class _Member:
     is_draining: bool = False
     """As it says itself, which is sooner."""
     streams: list[asyncio.Task[None]] = field(default_factory=list)
-    suspicion: asyncio.Task[None] | None = None
 
     @property
     def effective_record(self) -> WorkerRecord:
@@ -74,6 +66,7 @@ class RouterWorkers:
         self._members: dict[WorkerId, _Member] = {}
         self._channels = Channels()
         self._tasks = OwnedTasks()
+        self._suspects = Suspects(on_gone=self._lost)
 
     def start(self) -> None:
         """Begin to follow."""
@@ -82,6 +75,7 @@ class RouterWorkers:
     async def aclose(self) -> None:
         """Stop following; what is known stays."""
         await self._tasks.aclose()
+        await self._suspects.aclose()
         await self._channels.aclose()
 
     async def _follow(self) -> None:
@@ -96,7 +90,7 @@ class RouterWorkers:
                 for record in records:
                     self._put(record)
                 for worker_id in self._members.keys() - {record.worker_id for record in records}:
-                    self._suspect(self._members[worker_id])
+                    self._suspects.suspect(self._members[worker_id].record)
             case Put(record):
                 self._put(record)
             case Deleted(worker_id, epoch, graceful):
@@ -106,7 +100,7 @@ class RouterWorkers:
                 if graceful:
                     self._remove(member)
                 else:
-                    self._suspect(member)
+                    self._suspects.suspect(member.record)
 
     def _put(self, record: WorkerRecord) -> None:
         if not record.role.is_worker:
@@ -122,7 +116,7 @@ class RouterWorkers:
             member = self._members[record.worker_id] = _Member(record)
             self._subscribe(member)
         member.record = record
-        self._trust(member)
+        self._suspects.trust(member.record.worker_id)
         self._put_in_core(member)
 
     def _put_in_core(self, member: _Member) -> None:
@@ -167,7 +161,7 @@ class RouterWorkers:
         """End what runs for a member. Its channel goes last: a call sees the end of its channel as a cancellation."""
         for stream in member.streams:
             stream.cancel()
-        self._trust(member)
+        self._suspects.trust(member.record.worker_id)
         self._tasks.start(self._drop_channel(member), name=f"unfollow-{member.record.worker_id}")
 
     async def _drop_channel(self, member: _Member) -> None:
@@ -176,31 +170,10 @@ class RouterWorkers:
         if all(other.record.address != address for other in self._members.values()):
             await self._channels.drop(address)
 
-    def _suspect(self, member: _Member) -> None:
-        if member.suspicion is None:
-            log.warning("worker.suspect", worker_id=member.record.worker_id, epoch=member.record.epoch)
-            member.suspicion = self._tasks.start(self._watch_suspect(member), name=f"suspect-{member.record.worker_id}")
-
-    def _trust(self, member: _Member) -> None:
-        suspicion, member.suspicion = member.suspicion, None
-        if suspicion is not None and suspicion is not asyncio.current_task():
-            suspicion.cancel()
-
-    async def _watch_suspect(self, member: _Member) -> None:
-        """Keep a suspect while it answers that it serves."""
-        while True:
-            if not await self._is_serving(member.record.address):
-                self._remove(member)
-                return
-            await asyncio.sleep(_HEALTH_INTERVAL_S)
-
-    async def _is_serving(self, address: str) -> bool:
-        stub: Any = health_pb2_grpc.HealthStub(self._channels.get(address))
-        try:
-            answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=_HEALTH_TIMEOUT_S)
-        except grpc.aio.AioRpcError:
-            return False
-        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+    def _lost(self, record: WorkerRecord) -> None:
+        member = self._members.get(record.worker_id)
+        if member is not None and member.record.epoch == record.epoch:
+            self._remove(member)
 
     def _roster_changed(self) -> None:
         self.roster_changed.fire()

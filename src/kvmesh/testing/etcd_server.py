@@ -137,6 +137,10 @@ class EtcdServer:
         """Put a key under no lease."""
         self.call("kv/put", key=_base64(key.encode()), value=_base64(value))
 
+    def wipe(self) -> None:
+        """Delete every key; leases and history stay."""
+        self.call("kv/deleterange", key=_base64(b"\0"), range_end=_base64(b"\0"))
+
     def compact(self) -> None:
         """Forget all history before now."""
         self.call("kv/compaction", revision=self.revision(), physical=True)
