@@ -58,6 +58,8 @@ DISCOVERY_FAILURES = Counter("kvmesh_discovery_failures", "Attempts that the dis
 DISCOVERY_SNAPSHOTS = Counter("kvmesh_discovery_snapshots", "Listings of the discovery store that began a watch anew.")
 DISCOVERY_LEASES_LOST = Counter("kvmesh_discovery_leases_lost", "Leases of ours that the discovery store let go.")
 
+LOG_LINES_DROPPED = Counter("kvmesh_log_lines_dropped", "Log lines that the reader of stderr did not take.")
+
 EXCHANGES_OPEN = Gauge("kvmesh_exchanges_open", "Exchange streams that decode workers serve now.")
 EXCHANGE_FRAMES = Counter("kvmesh_exchange_frames", "Frames sent on Exchange streams.")
 
@@ -92,6 +94,6 @@ def configure_logging(*, level: str = "info", log_format: str = "auto", stream: 
     structlog.configure(
         processors=shared + renderer,
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
-        logger_factory=structlog.PrintLoggerFactory(file=out),
+        logger_factory=structlog.WriteLoggerFactory(file=out),
         cache_logger_on_first_use=False,
     )

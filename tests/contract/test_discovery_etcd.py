@@ -5,11 +5,12 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 
 from kvmesh.discovery.discovery import Registration
+from kvmesh.discovery.embedded_etcd import find_etcd
 from kvmesh.discovery.etcd import EtcdDiscovery
 from kvmesh.discovery.etcd_client import EtcdClient
 from kvmesh.discovery.etcd_registration import EtcdRegistration
 from kvmesh.testing.discovery_contract import DiscoveryContract
-from kvmesh.testing.etcd_server import EtcdServer, find_etcd
+from kvmesh.testing.etcd_server import EtcdServer
 
 pytestmark = pytest.mark.skipif(find_etcd() is None, reason="no etcd: install kvmesh[etcd]")
 

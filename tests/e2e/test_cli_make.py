@@ -1,5 +1,6 @@
 """`make` tells what it does, and `make run` and `make test` do what they say."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -13,7 +14,12 @@ pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is no
 
 
 def make(*arguments: str) -> str:
-    done = subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=30, check=True)
+    # These tests may themselves run under make, whose variables would make this one a part of it.
+    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
+    command = ["make", "--no-print-directory", *arguments]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=30, check=True
+    )  # fmt: skip
     return done.stdout
 
 

@@ -1,5 +1,6 @@
 """Where a mesh process prints: on a terminal, into a pipe whose reader is gone, on streams that were closed."""
 
+import fcntl
 import json
 import os
 import pty
@@ -19,6 +20,13 @@ ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 def ask(http_url: str) -> str:
     answer = httpx.post(f"{http_url}/generate", json={"prompt": "hello"}, timeout=WAIT_S, trust_env=False)
     return str(answer.json()["worker_output"])
+
+
+def refused(http_url: str, times: int) -> int:
+    """Send requests that are refused, which is logged; return how many were."""
+    with httpx.Client(base_url=http_url, timeout=WAIT_S, trust_env=False) as client:
+        answers = [client.post("/generate", json={"prompt": ""}) for _ in range(times)]
+    return sum(answer.status_code == 400 for answer in answers)
 
 
 @pytest.mark.parametrize("redirections", [">&-", "<&- >&-"], ids=["stdout", "stdin and stdout"])
@@ -69,6 +77,32 @@ def test_requests_are_served_after_the_reader_of_the_log_went_away() -> None:
 
     assert answers == ["hello_GeneratedBy_NODE1"] * 2
     assert code == 0
+
+
+def test_requests_are_served_while_nobody_reads_the_log() -> None:
+    with subprocess.Popen(
+        [PROGRAM, "up", "--http-port", "0", "--grpc-port", "0", "--decode", "1"],
+        env=clean_environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            assert process.stderr is not None
+            capacity = fcntl.fcntl(process.stderr, fcntl.F_SETPIPE_SZ, 4096)
+            http_url = _ready_url(process)
+            refusals = refused(http_url, times=capacity // 50)
+            answer = ask(http_url)
+            process.send_signal(signal.SIGTERM)
+            code = process.wait(WAIT_S)
+            unread = process.stderr.read()
+        finally:
+            process.kill()
+
+    assert refusals == capacity // 50
+    assert answer == "hello_GeneratedBy_NODE1"
+    assert code == 0
+    assert 0 < unread.count("http.refused") < refusals, "the log was never full"
 
 
 def test_a_terminal_shows_workers_queue_requests_rate_and_hits_live() -> None:

@@ -22,7 +22,7 @@ ALLOWED = {
         "core", "wire", "telemetry", "tokenizing",
         "engines.engine", "transports.transport", "discovery.discovery",
     },
-    "gateway": {"core", "wire", "telemetry", "services.channels", "services.owned_tasks"},
+    "gateway": {"core", "wire", "telemetry", "services.channels", "services.owned_tasks", "services.stalled_clients"},
     "runtime": {
         "core", "wire", "telemetry", "tokenizing", "services", "gateway",
         "engines.engine", "transports.transport", "discovery.discovery",
@@ -31,8 +31,8 @@ ALLOWED = {
     "cli": {"testing.tiny_model", "core", "wire", "telemetry", "services", "runtime", "replay"},
     "testing": {"core", "wire", "telemetry", "tokenizing", "services", "runtime", "engines", "transports", "discovery"},
 }  # fmt: skip
-# The composition root alone names implementations.
-COMPOSITION_ROOT = {"runtime.mesh", "runtime.engine_registry"}
+# The composition root alone names implementations; the mesh in one process chooses what its roles share.
+COMPOSITION_ROOT = {"runtime.composition", "runtime.engine_registry", "runtime.mesh", "runtime.process_mesh", "runtime.transport_registry"}
 IMPURE = {
     "asyncio", "concurrent", "grpc", "google", "http", "logging", "os", "pathlib", "secrets", "socket", "structlog",
     "subprocess", "sys", "threading", "time", "datetime", "uuid", "prometheus_client",

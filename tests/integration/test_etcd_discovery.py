@@ -16,11 +16,12 @@ from kvmesh.core.errors import ConflictError, Reason, TryElsewhereError
 from kvmesh.core.ids import Epoch
 from kvmesh.core.roster import WorkerRole
 from kvmesh.discovery.discovery import Deleted, DiscoveryEvent, Put, Snapshot
+from kvmesh.discovery.embedded_etcd import find_etcd
 from kvmesh.discovery.etcd import EtcdDiscovery
 from kvmesh.discovery.etcd_client import EtcdClient, LeaseEndedError, RevisionGoneError
 from kvmesh.discovery.etcd_records import namespace_prefix, put_record
 from kvmesh.testing.discovery_contract import NAMESPACE, make_record
-from kvmesh.testing.etcd_server import EtcdServer, find_etcd
+from kvmesh.testing.etcd_server import EtcdServer
 
 pytestmark = pytest.mark.skipif(find_etcd() is None, reason="no etcd: install kvmesh[etcd]")
 

@@ -13,11 +13,12 @@ from kvmesh.core.ids import RouterId
 from kvmesh.core.policies.policy import build_policy
 from kvmesh.core.roster import WorkerRole
 from kvmesh.discovery.discovery import DiscoveryEvent, Put, Snapshot
+from kvmesh.discovery.embedded_etcd import find_etcd
 from kvmesh.discovery.etcd import EtcdDiscovery
 from kvmesh.services.local_router import LocalRouter
 from kvmesh.services.peers import Peers
 from kvmesh.testing.discovery_contract import NAMESPACE, make_record
-from kvmesh.testing.etcd_server import EtcdServer, find_etcd
+from kvmesh.testing.etcd_server import EtcdServer
 from kvmesh.testing.scripted_worker import ScriptedWorker
 from kvmesh.testing.tcp_proxy import TcpProxy
 from kvmesh.testing.worker_group import eventually

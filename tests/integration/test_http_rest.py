@@ -191,6 +191,17 @@ async def test_a_query_parameter_reaches_a_watch(door: Door) -> None:
     assert door.frontend.watched_interval_s == 0.25
 
 
+@pytest.mark.parametrize("path", ["/generate", "/mesh/v1/models", "/nowhere"])
+async def test_the_client_s_own_id_comes_back_beside_the_mesh_s(door: Door, path: str) -> None:
+    named = await door.client.get(path, headers={"x-request-id": "mine"})
+    unnamed = await door.client.get(path)
+    misnamed = await door.client.get(path, headers={"x-request-id": "two words"})
+
+    assert named.headers["x-client-request-id"] == "mine"
+    assert "x-client-request-id" not in unnamed.headers
+    assert "x-client-request-id" not in misnamed.headers
+
+
 async def test_every_reply_has_an_id_of_its_own(door: Door) -> None:
     paths = ["/mesh/v1/models", "/nowhere", "/healthz"]
 

@@ -18,6 +18,7 @@ from kvmesh.runtime.server import GrpcServer
 from kvmesh.v1 import (
     decode_worker_pb2,
     decode_worker_pb2_grpc,
+    generation_pb2,
     worker_control_pb2,
     worker_control_pb2_grpc,
     worker_events_pb2,
@@ -71,6 +72,17 @@ async def channel_to(server: GrpcServer) -> AsyncIterator[grpc.aio.Channel]:
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         yield channel
         await server.drain_and_stop(GENEROUS_S)
+
+
+class ScriptedDecode(decode_worker_pb2_grpc.DecodeWorkerServicer):
+    def __init__(self, behaviour: Stream) -> None:
+        self._behaviour = behaviour
+
+    def Generate(self, request: Any, context: Any) -> Any:
+        return self._behaviour(request, context)
+
+    def Exchange(self, request_iterator: Any, context: Any) -> Any:
+        raise AssertionError("not scripted")
 
 
 @asynccontextmanager
@@ -137,6 +149,18 @@ def finished(service: str, method: str, code: str) -> float:
     return REGISTRY.get_sample_value("kvmesh_rpc_finished_total", labels) or 0.0
 
 
+def waits_ended(wait: str) -> float:
+    return REGISTRY.get_sample_value("kvmesh_wait_ended_total", {"wait": wait}) or 0.0
+
+
+async def open_calls_end(server: GrpcServer) -> None:
+    while server.open_calls:  # noqa: ASYNC110  # the server tells its number, not when it changes
+        await asyncio.sleep(0.01)
+
+
+BIG_CHUNK = decode_worker_pb2.DecodeWorkerGenerateResponse(chunk=generation_pb2.Chunk(text="x" * 100_000))
+SENT_UNREAD = 200
+"""Messages of 100 kB that are more than a connection takes in for a client that does not read."""
 INFO_REQUEST = worker_control_pb2.GetInfoRequest()
 LOAD_REQUEST = worker_events_pb2.WatchLoadRequest()
 
@@ -444,6 +468,79 @@ async def test_messages_go_both_ways_on_one_stream() -> None:
 
     assert end is grpc.aio.EOF
     assert code is grpc.StatusCode.OK
+
+
+@pytest.mark.parametrize("reads_late", [True, False], ids=["reads late", "never reads"])
+async def test_request_whose_client_does_not_read_ends_as_slow_consumer(reads_late: bool) -> None:
+    cleaned = asyncio.Event()
+
+    async def behaviour(_request: Any, _context: Any) -> AsyncIterator[decode_worker_pb2.DecodeWorkerGenerateResponse]:
+        try:
+            while True:
+                yield BIG_CHUNK
+        finally:
+            cleaned.set()
+
+    server = GrpcServer(client_write_s=0.1)
+    server.add(
+        ScriptedDecode(behaviour), "kvmesh.v1.DecodeWorker", decode_worker_pb2_grpc.add_DecodeWorkerServicer_to_server
+    )
+    before = waits_ended("client_write_s")
+    async with channel_to(server) as channel:
+        stub: decode_worker_pb2_grpc.DecodeWorkerAsyncStub = decode_worker_pb2_grpc.DecodeWorkerStub(channel)
+        call = stub.Generate(decode_worker_pb2.DecodeWorkerGenerateRequest())
+        await asyncio.wait_for(cleaned.wait(), GENEROUS_S)
+        await asyncio.wait_for(open_calls_end(server), GENEROUS_S)
+        if reads_late:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                async for _ in call:
+                    pass
+            assert [info.reason for info in details_of(caught.value, error_details_pb2.ErrorInfo)] == ["SLOW_CONSUMER"]
+
+    assert waits_ended("client_write_s") == before + 1
+
+
+async def test_client_that_reads_now_and_then_is_served_to_the_end() -> None:
+    async def behaviour(_request: Any, _context: Any) -> AsyncIterator[decode_worker_pb2.DecodeWorkerGenerateResponse]:
+        for _ in range(100):
+            await asyncio.sleep(0.005)  # longer altogether than one write may wait
+            yield decode_worker_pb2.DecodeWorkerGenerateResponse()
+
+    server = GrpcServer(client_write_s=0.1)
+    server.add(
+        ScriptedDecode(behaviour), "kvmesh.v1.DecodeWorker", decode_worker_pb2_grpc.add_DecodeWorkerServicer_to_server
+    )
+    async with channel_to(server) as channel:
+        stub: decode_worker_pb2_grpc.DecodeWorkerAsyncStub = decode_worker_pb2_grpc.DecodeWorkerStub(channel)
+        received = [response async for response in stub.Generate(decode_worker_pb2.DecodeWorkerGenerateRequest())]
+
+    assert len(received) == 100
+
+
+async def test_watch_that_is_not_read_stays_open() -> None:
+    produced = 0
+
+    async def behaviour(_request: Any, _context: Any) -> AsyncIterator[Load]:
+        nonlocal produced
+        while produced < 2 * SENT_UNREAD:
+            produced += 1
+            yield Load(worker_id="w" * 100_000)
+
+    server = GrpcServer(client_write_s=0.05)
+    server.add(
+        ScriptedEvents(behaviour), "kvmesh.v1.WorkerEvents", worker_events_pb2_grpc.add_WorkerEventsServicer_to_server
+    )
+    before = waits_ended("client_write_s")
+    async with channel_to(server) as channel:
+        stub: worker_events_pb2_grpc.WorkerEventsAsyncStub = worker_events_pb2_grpc.WorkerEventsStub(channel)
+        call = stub.WatchLoad(LOAD_REQUEST, timeout=GENEROUS_S)
+        await asyncio.sleep(0.5)  # ten times what a request's write may wait
+        produced_unread = produced
+        received = [load async for load in call]
+
+    assert produced_unread < 2 * SENT_UNREAD, "the client's window was never full"
+    assert len(received) == 2 * SENT_UNREAD
+    assert waits_ended("client_write_s") == before
 
 
 async def test_call_is_open_until_its_generator_has_cleaned_up() -> None:

@@ -90,7 +90,7 @@ class Stranger:
     @classmethod
     async def attach(cls, group: WorkerGroup, **fields: Any) -> "Stranger":
         await register_prefill_worker(group)
-        defaults: dict[str, Any] = {"models": [MODEL], "layout": LAYOUT, "transports": ["memory"]}
+        defaults: dict[str, Any] = {"models": [MODEL], "layout": LAYOUT, "transports": [group.network.reach]}
         attachment = group.queue_stub().Attach(
             prefill_queue_pb2.AttachRequest(worker_id=STRANGER, epoch=1, **(defaults | fields)), timeout=GENEROUS_S
         )
@@ -135,6 +135,7 @@ async def test_blocks_move_and_the_answer_is_the_local_one(group: WorkerGroup) -
     assert (answer.usage.cached_tokens, answer.usage.remote_prefill_tokens) == (0, BLOCKS * BLOCK_SIZE)
     assert answer.usage.kv_bytes_moved == BLOCKS * BLOCK_BYTES
     assert engine.cached_blocks(HASHES) == BLOCKS
+    assert engine.load().prefix_hit_rate == 0, "what was moved for the request itself is no cache hit"
     memory = engine.kv_memory()
     assert memory is not None
     words = {int(word) for word in memory.view("<u8").ravel()}
@@ -398,6 +399,41 @@ async def test_required_remote_prefill_that_fails_fails_the_request(group: Worke
     assert from_rpc_error(caught.value).reason is Reason.PREFILL_FAILED
     await group.wait_idle()
     assert (await group.info(decode)).counters["local_prefills"] == 0
+
+
+async def test_required_remote_prefill_fails_the_request_when_no_prefill_worker_comes(group: WorkerGroup) -> None:
+    await group.add_queue()
+    decode = await group.add_decode(required=True, waits=replace(WAITS, prefill_s=0.2))
+
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await group.generate(decode, request("r"))
+
+    assert from_rpc_error(caught.value).reason is Reason.PREFILL_FAILED
+    assert "start a prefill worker" in (caught.value.details() or "")
+    await group.wait_idle()
+    assert (await group.info(decode)).counters["local_prefills"] == 0
+
+
+async def test_required_remote_prefill_waits_for_a_prefill_worker_to_come(group: WorkerGroup) -> None:
+    await group.add_queue()
+    decode = await group.add_decode(required=True)
+
+    running = asyncio.ensure_future(group.generate(decode, request("r")))
+    await group.wait_until(decode, lambda info: info.requests == 1)
+    await group.add_prefill()
+    answer = await running
+
+    assert decisions(answer) == [(True, "remote")]
+    assert answer.usage.remote_prefill_tokens == BLOCKS * BLOCK_SIZE
+    await group.wait_idle()
+
+
+async def test_required_remote_prefill_leaves_local_what_the_rules_keep_local(group: WorkerGroup) -> None:
+    decode = await group.add_decode(required=True, rules=RemotePrefillRules(min_uncached_tokens=100))
+
+    answer = await group.generate(decode, request("r"))
+
+    assert decisions(answer) == [(False, "few_uncached_tokens")]
 
 
 async def test_deadline_that_passes_during_the_prefill_ends_the_request(group: WorkerGroup) -> None:

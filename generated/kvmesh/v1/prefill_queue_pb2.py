@@ -30,7 +30,7 @@ from kvmesh.v1 import frontend_pb2 as kvmesh_dot_v1_dot_frontend__pb2
 from kvmesh.v1 import generation_pb2 as kvmesh_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dkvmesh/v1/prefill_queue.proto\x12\tkvmesh.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x18kvmesh/v1/frontend.proto\x1a\x1akvmesh/v1/generation.proto\"\xb8\x03\n\x0bPrefillTask\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\r\n\x05model\x18\x03 \x01(\t\x12\x0e\n\x04text\x18\x04 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x05 \x01(\x0b\x32\x13.kvmesh.v1.TokenIdsH\x00\x12\x14\n\x0c\x62lock_hashes\x18\x06 \x03(\x06\x12\x13\n\x0b\x66irst_block\x18\x07 \x01(\r\x12\x17\n\x0funcached_tokens\x18\x08 \x01(\r\x12#\n\x06layout\x18\t \x01(\x0b\x32\x13.kvmesh.v1.KvLayout\x12\x12\n\ntransports\x18\n \x03(\t\x12$\n\x06prefix\x18\x0b \x01(\x0b\x32\x14.kvmesh.v1.KvHandoff\x12\x15\n\x08priority\x18\x0c \x01(\rH\x01\x88\x01\x01\x12/\n\x0ctime_to_live\x18\r \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0c\n\x04lora\x18\x0e \x01(\t\x12\x17\n\x0f\x63\x61\x63he_namespace\x18\x0f \x01(\t\x12\x13\n\x0btraceparent\x18\x10 \x01(\tB\x07\n\x05inputB\x0b\n\t_priority\"5\n\rSubmitRequest\x12$\n\x04task\x18\x01 \x01(\x0b\x32\x16.kvmesh.v1.PrefillTask\"\x9a\x01\n\x0eSubmitResponse\x12\'\n\x06queued\x18\x01 \x01(\x0b\x32\x15.kvmesh.v1.TaskQueuedH\x00\x12\'\n\x06leased\x18\x02 \x01(\x0b\x32\x15.kvmesh.v1.TaskLeasedH\x00\x12-\n\tcompleted\x18\x03 \x01(\x0b\x32\x18.kvmesh.v1.TaskCompletedH\x00\x42\x07\n\x05\x65vent\"\x1e\n\nTaskQueued\x12\x10\n\x08position\x18\x01 \x01(\r\"6\n\nTaskLeased\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x15\n\rlease_attempt\x18\x02 \x01(\r\"f\n\rTaskCompleted\x12%\n\x07handoff\x18\x01 \x01(\x0b\x32\x14.kvmesh.v1.KvHandoff\x12\x17\n\x0f\x63omputed_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"z\n\rAttachRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x06\x12\x0e\n\x06models\x18\x03 \x03(\t\x12#\n\x06layout\x18\x04 \x01(\x0b\x32\x13.kvmesh.v1.KvLayout\x12\x12\n\ntransports\x18\x05 \x03(\t\"\xa0\x01\n\x0e\x41ttachResponse\x12\'\n\x05ready\x18\x01 \x01(\x0b\x32\x16.kvmesh.v1.AttachReadyH\x00\x12-\n\tcancelled\x18\x02 \x01(\x0b\x32\x18.kvmesh.v1.TaskCancelledH\x00\x12,\n\x08\x64raining\x18\x03 \x01(\x0b\x32\x18.kvmesh.v1.QueueDrainingH\x00\x42\x08\n\x06notice\";\n\x0b\x41ttachReady\x12,\n\tlease_ttl\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"B\n\rTaskCancelled\x12\x1f\n\x03key\x18\x01 \x01(\x0b\x32\x12.kvmesh.v1.TaskKey\x12\x10\n\x08lease_id\x18\x02 \x01(\t\"\x0f\n\rQueueDraining\".\n\x07TaskKey\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\"\x80\x01\n\x0cLeaseRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x06\x12\x11\n\tmax_tasks\x18\x03 \x01(\r\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12\'\n\x04wait\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"5\n\rLeaseResponse\x12$\n\x05tasks\x18\x01 \x03(\x0b\x32\x15.kvmesh.v1.LeasedTask\"\x83\x01\n\nLeasedTask\x12$\n\x04task\x18\x01 \x01(\x0b\x32\x16.kvmesh.v1.PrefillTask\x12\x10\n\x08lease_id\x18\x02 \x01(\t\x12\x15\n\rlease_attempt\x18\x03 \x01(\r\x12&\n\x03ttl\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"B\n\rExtendRequest\x12\x1f\n\x03key\x18\x01 \x01(\x0b\x32\x12.kvmesh.v1.TaskKey\x12\x10\n\x08lease_id\x18\x02 \x01(\t\"8\n\x0e\x45xtendResponse\x12&\n\x03ttl\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"n\n\x0f\x43ompleteRequest\x12\x1f\n\x03key\x18\x01 \x01(\x0b\x32\x12.kvmesh.v1.TaskKey\x12\x10\n\x08lease_id\x18\x02 \x01(\t\x12(\n\x06result\x18\x03 \x01(\x0b\x32\x18.kvmesh.v1.TaskCompleted\"\x12\n\x10\x43ompleteResponse\"\xa0\x01\n\x0b\x46\x61ilRequest\x12\x1f\n\x03key\x18\x01 \x01(\x0b\x32\x12.kvmesh.v1.TaskKey\x12\x10\n\x08lease_id\x18\x02 \x01(\t\x12\x11\n\tretryable\x18\x03 \x01(\x08\x12(\n\x05\x64\x65lay\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12!\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x12.google.rpc.Status\"\x0e\n\x0c\x46\x61ilResponse\"0\n\rCancelRequest\x12\x1f\n\x03key\x18\x01 \x01(\x0b\x32\x12.kvmesh.v1.TaskKey\"\x10\n\x0e\x43\x61ncelResponse\"\x11\n\x0fGetStatsRequest\"8\n\x10GetStatsResponse\x12$\n\x05stats\x18\x01 \x01(\x0b\x32\x15.kvmesh.v1.QueueStats\" \n\x0fListDeadRequest\x12\r\n\x05limit\x18\x01 \x01(\r\"6\n\x10ListDeadResponse\x12\"\n\x05tasks\x18\x01 \x03(\x0b\x32\x13.kvmesh.v1.DeadTask\"\x80\x01\n\x08\x44\x65\x61\x64Task\x12\x1f\n\x03key\x18\x01 \x01(\x0b\x32\x12.kvmesh.v1.TaskKey\x12\x16\n\x0elease_attempts\x18\x02 \x01(\r\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12+\n\x07\x64ied_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp2\x87\x05\n\x0cPrefillQueue\x12?\n\x06Submit\x12\x18.kvmesh.v1.SubmitRequest\x1a\x19.kvmesh.v1.SubmitResponse0\x01\x12?\n\x06\x41ttach\x12\x18.kvmesh.v1.AttachRequest\x1a\x19.kvmesh.v1.AttachResponse0\x01\x12:\n\x05Lease\x12\x17.kvmesh.v1.LeaseRequest\x1a\x18.kvmesh.v1.LeaseResponse\x12=\n\x06\x45xtend\x12\x18.kvmesh.v1.ExtendRequest\x1a\x19.kvmesh.v1.ExtendResponse\x12\x43\n\x08\x43omplete\x12\x1a.kvmesh.v1.CompleteRequest\x1a\x1b.kvmesh.v1.CompleteResponse\x12\x37\n\x04\x46\x61il\x12\x16.kvmesh.v1.FailRequest\x1a\x17.kvmesh.v1.FailResponse\x12=\n\x06\x43\x61ncel\x12\x18.kvmesh.v1.CancelRequest\x1a\x19.kvmesh.v1.CancelResponse\x12[\n\x08GetStats\x12\x1a.kvmesh.v1.GetStatsRequest\x1a\x1b.kvmesh.v1.GetStatsResponse\"\x16\x82\xd3\xe4\x93\x02\x10\x12\x0e/mesh/v1/queue\x12`\n\x08ListDead\x12\x1a.kvmesh.v1.ListDeadRequest\x1a\x1b.kvmesh.v1.ListDeadResponse\"\x1b\x82\xd3\xe4\x93\x02\x15\x12\x13/mesh/v1/queue/deadb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dkvmesh/v1/prefill_queue.proto\x12\tkvmesh.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x18kvmesh/v1/frontend.proto\x1a\x1akvmesh/v1/generation.proto\"\xb8\x03\n\x0bPrefillTask\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\r\n\x05model\x18\x03 \x01(\t\x12\x0e\n\x04text\x18\x04 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x05 \x01(\x0b\x32\x13.kvmesh.v1.TokenIdsH\x00\x12\x14\n\x0c\x62lock_hashes\x18\x06 \x03(\x06\x12\x13\n\x0b\x66irst_block\x18\x07 \x01(\r\x12\x17\n\x0funcached_tokens\x18\x08 \x01(\r\x12#\n\x06layout\x18\t \x01(\x0b\x32\x13.kvmesh.v1.KvLayout\x12\x12\n\ntransports\x18\n \x03(\t\x12$\n\x06prefix\x18\x0b \x01(\x0b\x32\x14.kvmesh.v1.KvHandoff\x12\x15\n\x08priority\x18\x0c \x01(\rH\x01\x88\x01\x01\x12/\n\x0ctime_to_live\x18\r \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0c\n\x04lora\x18\x0e \x01(\t\x12\x17\n\x0f\x63\x61\x63he_namespace\x18\x0f \x01(\t\x12\x13\n\x0btraceparent\x18\x10 \x01(\tB\x07\n\x05inputB\x0b\n\t_priority\"5\n\rSubmitRequest\x12$\n\x04task\x18\x01 \x01(\x0b\x32\x16.kvmesh.v1.PrefillTask\"\x9a\x01\n\x0eSubmitResponse\x12\'\n\x06queued\x18\x01 \x01(\x0b\x32\x15.kvmesh.v1.TaskQueuedH\x00\x12\'\n\x06leased\x18\x02 \x01(\x0b\x32\x15.kvmesh.v1.TaskLeasedH\x00\x12-\n\tcompleted\x18\x03 \x01(\x0b\x32\x18.kvmesh.v1.TaskCompletedH\x00\x42\x07\n\x05\x65vent\"\x1e\n\nTaskQueued\x12\x10\n\x08position\x18\x01 \x01(\r\"6\n\nTaskLeased\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x15\n\rlease_attempt\x18\x02 \x01(\r\"}\n\rTaskCompleted\x12%\n\x07handoff\x18\x01 \x01(\x0b\x32\x14.kvmesh.v1.KvHandoff\x12\x17\n\x0f\x63omputed_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x15\n\rprefix_tokens\x18\x04 \x01(\r\"z\n\rAttachRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x06\x12\x0e\n\x06models\x18\x03 \x03(\t\x12#\n\x06layout\x18\x04 \x01(\x0b\x32\x13.kvmesh.v1.KvLayout\x12\x12\n\ntransports\x18\x05 \x03(\t\"\xa0\x01\n\x0e\x41ttachResponse\x12\'\n\x05ready\x18\x01 \x01(\x0b\x32\x16.kvmesh.v1.AttachReadyH\x00\x12-\n\tcancelled\x18\x02 \x01(\x0b\x32\x18.kvmesh.v1.TaskCancelledH\x00\x12,\n\x08\x64raining\x18\x03 \x01(\x0b\x32\x18.kvmesh.v1.QueueDrainingH\x00\x42\x08\n\x06notice\";\n\x0b\x41ttachReady\x12,\n\tlease_ttl\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"B\n\rTaskCancelled\x12\x1f\n\x03key\x18\x01 \x01(\x0b\x32\x12.kvmesh.v1.TaskKey\x12\x10\n\x08lease_id\x18\x02 \x01(\t\"\x0f\n\rQueueDraining\".\n\x07TaskKey\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\"\x80\x01\n\x0cLeaseRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x06\x12\x11\n\tmax_tasks\x18\x03 \x01(\r\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12\'\n\x04wait\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"5\n\rLeaseResponse\x12$\n\x05tasks\x18\x01 \x03(\x0b\x32\x15.kvmesh.v1.LeasedTask\"\x83\x01\n\nLeasedTask\x12$\n\x04task\x18\x01 \x01(\x0b\x32\x16.kvmesh.v1.PrefillTask\x12\x10\n\x08lease_id\x18\x02 \x01(\t\x12\x15\n\rlease_attempt\x18\x03 \x01(\r\x12&\n\x03ttl\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"B\n\rExtendRequest\x12\x1f\n\x03key\x18\x01 \x01(\x0b\x32\x12.kvmesh.v1.TaskKey\x12\x10\n\x08lease_id\x18\x02 \x01(\t\"8\n\x0e\x45xtendResponse\x12&\n\x03ttl\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"n\n\x0f\x43ompleteRequest\x12\x1f\n\x03key\x18\x01 \x01(\x0b\x32\x12.kvmesh.v1.TaskKey\x12\x10\n\x08lease_id\x18\x02 \x01(\t\x12(\n\x06result\x18\x03 \x01(\x0b\x32\x18.kvmesh.v1.TaskCompleted\"\x12\n\x10\x43ompleteResponse\"\xa0\x01\n\x0b\x46\x61ilRequest\x12\x1f\n\x03key\x18\x01 \x01(\x0b\x32\x12.kvmesh.v1.TaskKey\x12\x10\n\x08lease_id\x18\x02 \x01(\t\x12\x11\n\tretryable\x18\x03 \x01(\x08\x12(\n\x05\x64\x65lay\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12!\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x12.google.rpc.Status\"\x0e\n\x0c\x46\x61ilResponse\"0\n\rCancelRequest\x12\x1f\n\x03key\x18\x01 \x01(\x0b\x32\x12.kvmesh.v1.TaskKey\"\x10\n\x0e\x43\x61ncelResponse\"\x11\n\x0fGetStatsRequest\"8\n\x10GetStatsResponse\x12$\n\x05stats\x18\x01 \x01(\x0b\x32\x15.kvmesh.v1.QueueStats\" \n\x0fListDeadRequest\x12\r\n\x05limit\x18\x01 \x01(\r\"6\n\x10ListDeadResponse\x12\"\n\x05tasks\x18\x01 \x03(\x0b\x32\x13.kvmesh.v1.DeadTask\"\x80\x01\n\x08\x44\x65\x61\x64Task\x12\x1f\n\x03key\x18\x01 \x01(\x0b\x32\x12.kvmesh.v1.TaskKey\x12\x16\n\x0elease_attempts\x18\x02 \x01(\r\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12+\n\x07\x64ied_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp2\x87\x05\n\x0cPrefillQueue\x12?\n\x06Submit\x12\x18.kvmesh.v1.SubmitRequest\x1a\x19.kvmesh.v1.SubmitResponse0\x01\x12?\n\x06\x41ttach\x12\x18.kvmesh.v1.AttachRequest\x1a\x19.kvmesh.v1.AttachResponse0\x01\x12:\n\x05Lease\x12\x17.kvmesh.v1.LeaseRequest\x1a\x18.kvmesh.v1.LeaseResponse\x12=\n\x06\x45xtend\x12\x18.kvmesh.v1.ExtendRequest\x1a\x19.kvmesh.v1.ExtendResponse\x12\x43\n\x08\x43omplete\x12\x1a.kvmesh.v1.CompleteRequest\x1a\x1b.kvmesh.v1.CompleteResponse\x12\x37\n\x04\x46\x61il\x12\x16.kvmesh.v1.FailRequest\x1a\x17.kvmesh.v1.FailResponse\x12=\n\x06\x43\x61ncel\x12\x18.kvmesh.v1.CancelRequest\x1a\x19.kvmesh.v1.CancelResponse\x12[\n\x08GetStats\x12\x1a.kvmesh.v1.GetStatsRequest\x1a\x1b.kvmesh.v1.GetStatsResponse\"\x16\x82\xd3\xe4\x93\x02\x10\x12\x0e/mesh/v1/queue\x12`\n\x08ListDead\x12\x1a.kvmesh.v1.ListDeadRequest\x1a\x1b.kvmesh.v1.ListDeadResponse\"\x1b\x82\xd3\xe4\x93\x02\x15\x12\x13/mesh/v1/queue/deadb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -52,51 +52,51 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TASKLEASED']._serialized_start=905
   _globals['_TASKLEASED']._serialized_end=959
   _globals['_TASKCOMPLETED']._serialized_start=961
-  _globals['_TASKCOMPLETED']._serialized_end=1063
-  _globals['_ATTACHREQUEST']._serialized_start=1065
-  _globals['_ATTACHREQUEST']._serialized_end=1187
-  _globals['_ATTACHRESPONSE']._serialized_start=1190
-  _globals['_ATTACHRESPONSE']._serialized_end=1350
-  _globals['_ATTACHREADY']._serialized_start=1352
-  _globals['_ATTACHREADY']._serialized_end=1411
-  _globals['_TASKCANCELLED']._serialized_start=1413
-  _globals['_TASKCANCELLED']._serialized_end=1479
-  _globals['_QUEUEDRAINING']._serialized_start=1481
-  _globals['_QUEUEDRAINING']._serialized_end=1496
-  _globals['_TASKKEY']._serialized_start=1498
-  _globals['_TASKKEY']._serialized_end=1544
-  _globals['_LEASEREQUEST']._serialized_start=1547
-  _globals['_LEASEREQUEST']._serialized_end=1675
-  _globals['_LEASERESPONSE']._serialized_start=1677
-  _globals['_LEASERESPONSE']._serialized_end=1730
-  _globals['_LEASEDTASK']._serialized_start=1733
-  _globals['_LEASEDTASK']._serialized_end=1864
-  _globals['_EXTENDREQUEST']._serialized_start=1866
-  _globals['_EXTENDREQUEST']._serialized_end=1932
-  _globals['_EXTENDRESPONSE']._serialized_start=1934
-  _globals['_EXTENDRESPONSE']._serialized_end=1990
-  _globals['_COMPLETEREQUEST']._serialized_start=1992
-  _globals['_COMPLETEREQUEST']._serialized_end=2102
-  _globals['_COMPLETERESPONSE']._serialized_start=2104
-  _globals['_COMPLETERESPONSE']._serialized_end=2122
-  _globals['_FAILREQUEST']._serialized_start=2125
-  _globals['_FAILREQUEST']._serialized_end=2285
-  _globals['_FAILRESPONSE']._serialized_start=2287
-  _globals['_FAILRESPONSE']._serialized_end=2301
-  _globals['_CANCELREQUEST']._serialized_start=2303
-  _globals['_CANCELREQUEST']._serialized_end=2351
-  _globals['_CANCELRESPONSE']._serialized_start=2353
-  _globals['_CANCELRESPONSE']._serialized_end=2369
-  _globals['_GETSTATSREQUEST']._serialized_start=2371
-  _globals['_GETSTATSREQUEST']._serialized_end=2388
-  _globals['_GETSTATSRESPONSE']._serialized_start=2390
-  _globals['_GETSTATSRESPONSE']._serialized_end=2446
-  _globals['_LISTDEADREQUEST']._serialized_start=2448
-  _globals['_LISTDEADREQUEST']._serialized_end=2480
-  _globals['_LISTDEADRESPONSE']._serialized_start=2482
-  _globals['_LISTDEADRESPONSE']._serialized_end=2536
-  _globals['_DEADTASK']._serialized_start=2539
-  _globals['_DEADTASK']._serialized_end=2667
-  _globals['_PREFILLQUEUE']._serialized_start=2670
-  _globals['_PREFILLQUEUE']._serialized_end=3317
+  _globals['_TASKCOMPLETED']._serialized_end=1086
+  _globals['_ATTACHREQUEST']._serialized_start=1088
+  _globals['_ATTACHREQUEST']._serialized_end=1210
+  _globals['_ATTACHRESPONSE']._serialized_start=1213
+  _globals['_ATTACHRESPONSE']._serialized_end=1373
+  _globals['_ATTACHREADY']._serialized_start=1375
+  _globals['_ATTACHREADY']._serialized_end=1434
+  _globals['_TASKCANCELLED']._serialized_start=1436
+  _globals['_TASKCANCELLED']._serialized_end=1502
+  _globals['_QUEUEDRAINING']._serialized_start=1504
+  _globals['_QUEUEDRAINING']._serialized_end=1519
+  _globals['_TASKKEY']._serialized_start=1521
+  _globals['_TASKKEY']._serialized_end=1567
+  _globals['_LEASEREQUEST']._serialized_start=1570
+  _globals['_LEASEREQUEST']._serialized_end=1698
+  _globals['_LEASERESPONSE']._serialized_start=1700
+  _globals['_LEASERESPONSE']._serialized_end=1753
+  _globals['_LEASEDTASK']._serialized_start=1756
+  _globals['_LEASEDTASK']._serialized_end=1887
+  _globals['_EXTENDREQUEST']._serialized_start=1889
+  _globals['_EXTENDREQUEST']._serialized_end=1955
+  _globals['_EXTENDRESPONSE']._serialized_start=1957
+  _globals['_EXTENDRESPONSE']._serialized_end=2013
+  _globals['_COMPLETEREQUEST']._serialized_start=2015
+  _globals['_COMPLETEREQUEST']._serialized_end=2125
+  _globals['_COMPLETERESPONSE']._serialized_start=2127
+  _globals['_COMPLETERESPONSE']._serialized_end=2145
+  _globals['_FAILREQUEST']._serialized_start=2148
+  _globals['_FAILREQUEST']._serialized_end=2308
+  _globals['_FAILRESPONSE']._serialized_start=2310
+  _globals['_FAILRESPONSE']._serialized_end=2324
+  _globals['_CANCELREQUEST']._serialized_start=2326
+  _globals['_CANCELREQUEST']._serialized_end=2374
+  _globals['_CANCELRESPONSE']._serialized_start=2376
+  _globals['_CANCELRESPONSE']._serialized_end=2392
+  _globals['_GETSTATSREQUEST']._serialized_start=2394
+  _globals['_GETSTATSREQUEST']._serialized_end=2411
+  _globals['_GETSTATSRESPONSE']._serialized_start=2413
+  _globals['_GETSTATSRESPONSE']._serialized_end=2469
+  _globals['_LISTDEADREQUEST']._serialized_start=2471
+  _globals['_LISTDEADREQUEST']._serialized_end=2503
+  _globals['_LISTDEADRESPONSE']._serialized_start=2505
+  _globals['_LISTDEADRESPONSE']._serialized_end=2559
+  _globals['_DEADTASK']._serialized_start=2562
+  _globals['_DEADTASK']._serialized_end=2690
+  _globals['_PREFILLQUEUE']._serialized_start=2693
+  _globals['_PREFILLQUEUE']._serialized_end=3340
 # @@protoc_insertion_point(module_scope)

@@ -245,10 +245,13 @@ class TaskCompleted(_message.Message):
     HANDOFF_FIELD_NUMBER: _builtins.int
     COMPUTED_TOKENS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    PREFIX_TOKENS_FIELD_NUMBER: _builtins.int
     computed_tokens: _builtins.int
     """Prompt tokens the prefill worker computed."""
     cached_tokens: _builtins.int
     """Prompt tokens it found in its own cache."""
+    prefix_tokens: _builtins.int
+    """Prompt tokens whose blocks it pulled from the task's prefix."""
     @_builtins.property
     def handoff(self) -> _generation_pb2.KvHandoff:
         """What to pull."""
@@ -259,10 +262,11 @@ class TaskCompleted(_message.Message):
         handoff: _generation_pb2.KvHandoff | None = ...,
         computed_tokens: _builtins.int = ...,
         cached_tokens: _builtins.int = ...,
+        prefix_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["handoff", b"handoff"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "computed_tokens", b"computed_tokens", "handoff", b"handoff"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "computed_tokens", b"computed_tokens", "handoff", b"handoff", "prefix_tokens", b"prefix_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -83,3 +83,44 @@ class ProcessorGenerateResponse(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___ProcessorGenerateResponse: _TypeAlias = ProcessorGenerateResponse  # noqa: Y015
+
+@_typing.final
+class GetTotalsRequest(_message.Message):
+    """See Processor.GetTotals."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetTotalsRequest: _TypeAlias = GetTotalsRequest  # noqa: Y015
+
+@_typing.final
+class GetTotalsResponse(_message.Message):
+    """The answer of Processor.GetTotals."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COUNTERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def counters(self) -> _frontend_pb2.TopologyCounters:
+        """Counts of this processor alone; `reservations` is 0: the router knows them."""
+
+    def __init__(
+        self,
+        *,
+        counters: _frontend_pb2.TopologyCounters | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetTotalsResponse: _TypeAlias = GetTotalsResponse  # noqa: Y015

@@ -40,6 +40,11 @@ class ProcessorStub(object):
                 request_serializer=kvmesh_dot_v1_dot_processor__pb2.ProcessorGenerateRequest.SerializeToString,
                 response_deserializer=kvmesh_dot_v1_dot_processor__pb2.ProcessorGenerateResponse.FromString,
                 _registered_method=True)
+        self.GetTotals = channel.unary_unary(
+                '/kvmesh.v1.Processor/GetTotals',
+                request_serializer=kvmesh_dot_v1_dot_processor__pb2.GetTotalsRequest.SerializeToString,
+                response_deserializer=kvmesh_dot_v1_dot_processor__pb2.GetTotalsResponse.FromString,
+                _registered_method=True)
 
 
 class ProcessorServicer(object):
@@ -53,6 +58,13 @@ class ProcessorServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetTotals(self, request, context):
+        """What this processor has counted since its start. Idempotent; never waits.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ProcessorServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -60,6 +72,11 @@ def add_ProcessorServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=kvmesh_dot_v1_dot_processor__pb2.ProcessorGenerateRequest.FromString,
                     response_serializer=kvmesh_dot_v1_dot_processor__pb2.ProcessorGenerateResponse.SerializeToString,
+            ),
+            'GetTotals': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetTotals,
+                    request_deserializer=kvmesh_dot_v1_dot_processor__pb2.GetTotalsRequest.FromString,
+                    response_serializer=kvmesh_dot_v1_dot_processor__pb2.GetTotalsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -90,6 +107,33 @@ class Processor(object):
             '/kvmesh.v1.Processor/Generate',
             kvmesh_dot_v1_dot_processor__pb2.ProcessorGenerateRequest.SerializeToString,
             kvmesh_dot_v1_dot_processor__pb2.ProcessorGenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetTotals(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvmesh.v1.Processor/GetTotals',
+            kvmesh_dot_v1_dot_processor__pb2.GetTotalsRequest.SerializeToString,
+            kvmesh_dot_v1_dot_processor__pb2.GetTotalsResponse.FromString,
             options,
             channel_credentials,
             insecure,

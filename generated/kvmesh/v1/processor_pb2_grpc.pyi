@@ -35,6 +35,8 @@ class ProcessorStub:
     def __new__(cls, channel: _aio.Channel) -> ProcessorAsyncStub: ...
     Generate: _grpc.UnaryStreamMultiCallable[_processor_pb2.ProcessorGenerateRequest, _processor_pb2.ProcessorGenerateResponse]
     """Run one request to its last token. Errors and cancellation as Frontend.Generate."""
+    GetTotals: _grpc.UnaryUnaryMultiCallable[_processor_pb2.GetTotalsRequest, _processor_pb2.GetTotalsResponse]
+    """What this processor has counted since its start. Idempotent; never waits."""
 
 @_typing.type_check_only
 class ProcessorAsyncStub(ProcessorStub):
@@ -43,6 +45,8 @@ class ProcessorAsyncStub(ProcessorStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_processor_pb2.ProcessorGenerateRequest, _processor_pb2.ProcessorGenerateResponse]  # type: ignore[assignment]
     """Run one request to its last token. Errors and cancellation as Frontend.Generate."""
+    GetTotals: _aio.UnaryUnaryMultiCallable[_processor_pb2.GetTotalsRequest, _processor_pb2.GetTotalsResponse]  # type: ignore[assignment]
+    """What this processor has counted since its start. Idempotent; never waits."""
 
 class ProcessorServicer(metaclass=_abc_1.ABCMeta):
     """What a frontend on another machine calls."""
@@ -54,5 +58,13 @@ class ProcessorServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_processor_pb2.ProcessorGenerateResponse], _abc.AsyncIterator[_processor_pb2.ProcessorGenerateResponse]]:
         """Run one request to its last token. Errors and cancellation as Frontend.Generate."""
+
+    @_abc_1.abstractmethod
+    def GetTotals(
+        self,
+        request: _processor_pb2.GetTotalsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_processor_pb2.GetTotalsResponse, _abc.Awaitable[_processor_pb2.GetTotalsResponse]]:
+        """What this processor has counted since its start. Idempotent; never waits."""
 
 def add_ProcessorServicer_to_server(servicer: ProcessorServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

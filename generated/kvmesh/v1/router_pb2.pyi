@@ -657,6 +657,9 @@ class ListWorkersResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     WORKERS_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
+    policy: _builtins.str
+    """Name of the policy that chooses among them."""
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___RouterWorker]:
         """Sorted by id and rank."""
@@ -665,10 +668,11 @@ class ListWorkersResponse(_message.Message):
         self,
         *,
         workers: _abc.Iterable[Global___RouterWorker] | None = ...,
+        policy: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -692,6 +696,8 @@ class RouterWorker(_message.Message):
     RESERVATIONS_FIELD_NUMBER: _builtins.int
     LOAD_AGE_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
+    WAITING_REQUESTS_FIELD_NUMBER: _builtins.int
+    PREFIX_HIT_RATE_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Its id."""
     rank: _builtins.int
@@ -714,6 +720,10 @@ class RouterWorker(_message.Message):
     """This router's own bookings on it."""
     draining: _builtins.bool
     """It takes no new requests."""
+    waiting_requests: _builtins.int
+    """Requests that wait on it for room in a batch, by its last report."""
+    prefix_hit_rate: _builtins.float
+    """Share of prompt blocks found in its cache, 0 to 1, by its last report."""
     @_builtins.property
     def load_age(self) -> _duration_pb2.Duration:
         """Age of the last load report; unset before the first."""
@@ -733,10 +743,12 @@ class RouterWorker(_message.Message):
         reservations: _builtins.int = ...,
         load_age: _duration_pb2.Duration | None = ...,
         draining: _builtins.bool = ...,
+        waiting_requests: _builtins.int = ...,
+        prefix_hit_rate: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load_age", b"load_age"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_blocks", b"active_blocks", "active_prefill_tokens", b"active_prefill_tokens", "active_requests", b"active_requests", "draining", b"draining", "epoch", b"epoch", "indexed_blocks", b"indexed_blocks", "load_age", b"load_age", "rank", b"rank", "reservations", b"reservations", "stale", b"stale", "total_blocks", b"total_blocks", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_blocks", b"active_blocks", "active_prefill_tokens", b"active_prefill_tokens", "active_requests", b"active_requests", "draining", b"draining", "epoch", b"epoch", "indexed_blocks", b"indexed_blocks", "load_age", b"load_age", "prefix_hit_rate", b"prefix_hit_rate", "rank", b"rank", "reservations", b"reservations", "stale", b"stale", "total_blocks", b"total_blocks", "waiting_requests", b"waiting_requests", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,28 +1,57 @@
 """A mesh in the foreground: until a signal, shown on the terminal or told by log lines."""
 
 import asyncio
+import atexit
+import logging
 import os
 import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Protocol, TextIO, cast
+from typing import Protocol, TextIO, TypeVar, cast
 
 from kvmesh import telemetry
 from kvmesh.cli import STARTED_S
+from kvmesh.cli.log_stream import QueuedStream, queued_stderr
 from kvmesh.cli.options import CommandFailed
-from kvmesh.cli.streams import LossyStream
 from kvmesh.runtime.settings import LogSettings
 from kvmesh.services.channels import PortTakenError
 from kvmesh.v1 import frontend_pb2
 
 _QUIT_AT_ONCE = 130
+_LOG_END_S = 1.0
+"""How long the end of the process waits for the reader of its log."""
 _SHOW_CURSOR = b"\x1b[?25h"
 _log = telemetry.logger(__name__)
 
 
-class ForegroundMesh(Protocol):
+class Startable(Protocol):
+    """What runs in the foreground."""
+
+    async def start(self) -> None:
+        """Serve."""
+
+    async def stop(self) -> None:
+        """End gracefully, in bounded time; also after a start that failed or was cancelled."""
+
+
+class ForegroundRole(Startable, Protocol):
+    """One role as its foreground sees it."""
+
+    @property
+    def name(self) -> str:
+        """Its id, as in logs."""
+
+    @property
+    def addresses(self) -> dict[str, str]:
+        """Where it is reached, once started, by protocol."""
+
+    async def wait_ready(self) -> None:
+        """Wait until it can do its work."""
+
+
+class ForegroundMesh(Startable, Protocol):
     """A mesh as its foreground sees it."""
 
     @property
@@ -33,16 +62,11 @@ class ForegroundMesh(Protocol):
     def grpc_address(self) -> str:
         """HOST:PORT of the gRPC door, once started."""
 
-    async def start(self) -> None:
-        """Serve."""
-
     def topology(self) -> frontend_pb2.Topology:
         """Return the mesh now."""
 
-    async def stop(self) -> None:
-        """End gracefully, in bounded time; also after a start that failed or was cancelled."""
 
-
+_Running = TypeVar("_Running", bound=Startable)
 Show = Callable[[ForegroundMesh], Awaitable[None]]
 """Shows a started mesh until it is cancelled."""
 
@@ -53,7 +77,7 @@ def set_up_output(settings: LogSettings, *, level_is_chosen: bool) -> Show:
     Under the live view, log lines are printed above it, and only warnings unless the user chose a level.
     """
     if not sys.stdout.isatty():
-        telemetry.configure_logging(level=settings.level, log_format=settings.format, stream=_lossy(sys.stderr))
+        set_up_log(settings)
         return show_by_log
 
     from rich.file_proxy import FileProxy
@@ -62,14 +86,14 @@ def set_up_output(settings: LogSettings, *, level_is_chosen: bool) -> Show:
     from kvmesh.cli.live import show_live
 
     console = output_console()
-    stream = cast(TextIO, FileProxy(console, sys.stderr)) if sys.stderr.isatty() else _lossy(sys.stderr)
-    level = settings.level if level_is_chosen else "warning"
-    telemetry.configure_logging(level=level, log_format=settings.format, stream=stream)
+    above_view = FileProxy(console, sys.stderr)
+    stream = QueuedStream(above_view.write, is_terminal=True) if sys.stderr.isatty() else queued_stderr()
+    _log_to(stream, level=settings.level if level_is_chosen else "warning", log_format=settings.format)
     return lambda mesh: show_live(mesh, console)
 
 
-async def serve(mesh: ForegroundMesh, show: Show) -> None:
-    """Run the mesh until SIGINT or SIGTERM, then stop it; a second signal ends the process at once with 130.
+async def serve(mesh: _Running, show: Callable[[_Running], Awaitable[None]]) -> None:
+    """Run a mesh or a role until SIGINT or SIGTERM, then stop it; a second signal ends the process at once with 130.
 
     Raises: CommandFailed when an address cannot be listened on, else whatever `mesh.start` raises, after what it had
     started is stopped.
@@ -82,13 +106,13 @@ async def serve(mesh: ForegroundMesh, show: Show) -> None:
         await mesh.stop()
 
 
-async def _start(mesh: ForegroundMesh) -> None:
+async def _start(mesh: Startable) -> None:
     try:
         await mesh.start()
     except PortTakenError:
         raise  # says what to do
     except OSError as exc:
-        raise CommandFailed(f"{exc.strerror or exc}: check --http-host and --grpc-host") from exc
+        raise CommandFailed(f"{exc.strerror or exc}: check the hosts and ports to listen on") from exc
 
 
 async def show_by_log(mesh: ForegroundMesh) -> None:
@@ -101,6 +125,32 @@ async def show_by_log(mesh: ForegroundMesh) -> None:
         ready_s=round(time.monotonic() - STARTED_S, 3),
     )
     await asyncio.get_running_loop().create_future()
+
+
+async def show_role(role: ForegroundRole) -> None:
+    """Log where the role is reached, and once it can do its work."""
+    _log.info("role.started", name=role.name, **role.addresses)
+    await role.wait_ready()
+    _log.info("role.ready", name=role.name, ready_s=round(time.monotonic() - STARTED_S, 3))
+    await asyncio.get_running_loop().create_future()
+
+
+def set_up_log(settings: LogSettings) -> None:
+    """Write log lines to stderr, dropping what its reader does not take."""
+    _log_to(queued_stderr(), level=settings.level, log_format=settings.format)
+
+
+def stop_at_end_of_input() -> None:
+    """Have this process stop, as at SIGTERM, when its stdin ends: whoever holds the other end is gone then."""
+    loop = asyncio.get_running_loop()
+    descriptor = sys.stdin.fileno()
+
+    def on_input() -> None:
+        if not os.read(descriptor, 4096):
+            loop.remove_reader(descriptor)
+            signal.raise_signal(signal.SIGTERM)
+
+    loop.add_reader(descriptor, on_input)
 
 
 @asynccontextmanager
@@ -133,8 +183,11 @@ async def _until_signalled() -> AsyncIterator[None]:
         is_running = False
 
 
-def _lossy(stream: TextIO) -> TextIO:
-    return cast(TextIO, LossyStream(stream))
+def _log_to(stream: QueuedStream, *, level: str, log_format: str) -> None:
+    """Send our lines there, and the warnings of libraries, which Python would write to stderr itself."""
+    telemetry.configure_logging(level=level, log_format=log_format, stream=cast(TextIO, stream))
+    logging.basicConfig(stream=stream, level=logging.WARNING, format="%(message)s")
+    atexit.register(stream.finish, _LOG_END_S)
 
 
 def _quit() -> None:

@@ -1,6 +1,5 @@
 """The `kvmesh` command: what there is, and how every command's failure reaches the terminal and the exit code."""
 
-import difflib
 import os
 import sys
 from collections.abc import Sequence
@@ -15,9 +14,11 @@ from kvmesh.cli.model import make_tiny
 from kvmesh.cli.options import examples
 from kvmesh.cli.probe import BAD_FLAGS, probe
 from kvmesh.cli.replay import replay
+from kvmesh.cli.serve import serve_role
 from kvmesh.cli.status import status
 from kvmesh.cli.streams import open_closed_streams
 from kvmesh.cli.up import up
+from kvmesh.core.suggestions import suggestion
 
 # Typer's rich help and tracebacks would cost 300 ms on every start, also that of a mesh.
 app = typer.Typer(name="kvmesh", rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
@@ -30,8 +31,17 @@ app.command(
         "kvmesh up --decode 4 --prefill 2 --engine simulated --speedup 10",
         "kvmesh up --config mesh.toml --http-port 0 --grpc-port 0",
         "kvmesh up --engine simulated --engine-option total_blocks=512 --engine-option block_size=16",
+        "kvmesh up --engine simulated --decode 4 --processes",
     )
 )(up)
+app.command(
+    "serve",
+    epilog=examples(
+        "kvmesh serve queue --discovery etcd://127.0.0.1:2379",
+        "kvmesh serve decode --discovery etcd://127.0.0.1:2379 --engine simulated --node rack1",
+        "kvmesh serve frontend --discovery etcd://127.0.0.1:2379 --engine simulated --http-port 8000",
+    ),
+)(serve_role)
 app.command(
     epilog=examples('kvmesh generate "Tell me a joke"', 'kvmesh generate "Tell me a joke" --max-tokens 32 --explain')
 )(generate)
@@ -89,14 +99,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _failure_text(error: Any) -> str:
-    """Return the text of a failure; an unknown flag is always answered with the nearest one."""
+    """Return the text of a failure; an unknown flag is answered with a close one, or with all."""
     text: str = error.format_message()
     context, option = getattr(error, "ctx", None), getattr(error, "option_name", None)
     if context is not None:
         if option is not None and text.startswith("No such option"):
             known = [name for parameter in context.command.params for name in parameter.opts if name.startswith("--")]
-            nearest = difflib.get_close_matches(option, [*known, "--help"], n=1, cutoff=0.0)[0]
-            text = f"no such option: {option}; the nearest is {nearest}"
+            text = f"no such option: {option}; {suggestion(option, [*known, '--help'])}"
         text = f"{text[:1].lower()}{text[1:].rstrip('.')} (see {context.command_path} --help)"
     return text
 

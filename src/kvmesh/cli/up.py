@@ -1,14 +1,14 @@
-"""`kvmesh up`: a whole mesh in this process. Every flag is a setting; what a flag leaves open, the settings decide."""
+"""`kvmesh up`: a whole mesh on this machine. Every flag is a setting; what a flag leaves open, the settings decide."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvmesh.cli.options import CommandFailed
+from kvmesh.cli.running import engine_options, run_with_settings
 
 if TYPE_CHECKING:
-    from kvmesh.core.errors import MeshError
+    from kvmesh.cli.foreground import ForegroundMesh
     from kvmesh.runtime.settings import LoadedSettings, Settings
 
 
@@ -19,6 +19,22 @@ def up(
     ] = None,
     node_names: Annotated[
         str | None, typer.Option(help="Nodes, taken round robin. [default: NODE1,NODE2,...]", metavar="A,B")
+    ] = None,
+    processes: Annotated[
+        bool | None, typer.Option("--processes", help="Every role in a process of its own, restarted when it dies.")
+    ] = None,
+    discovery: Annotated[
+        str | None,
+        typer.Option(
+            help="memory, etcd (a child process) or etcd://HOST:PORT. [default: memory; etcd with --processes]",
+            metavar="STORE",
+        ),
+    ] = None,
+    router: Annotated[
+        str | None, typer.Option(help="inside the processor, or separate. [default: inside]", metavar="WHERE")
+    ] = None,
+    processor: Annotated[
+        str | None, typer.Option(help="inside the frontend, or separate. [default: inside]", metavar="WHERE")
     ] = None,
     policy: Annotated[str | None, typer.Option(help="Routing policy. [default: kv_aware]", metavar="NAME")] = None,
     engine: Annotated[
@@ -62,7 +78,7 @@ def up(
         Path | None, typer.Option(help="Settings file (.toml, .yaml, .yml); flags override it.", metavar="FILE")
     ] = None,
 ) -> None:
-    """Run a mesh: workers, router, prefill queue and the HTTP and gRPC doors, in this one process.
+    """Run a mesh: workers, router, prefill queue and the HTTP and gRPC doors, in one process or in many.
 
     Ctrl-C stops it when what runs has ended; a second Ctrl-C at once.
     """
@@ -70,6 +86,10 @@ def up(
         "mesh.decode": decode,
         "mesh.prefill": prefill,
         "mesh.node_names": node_names,
+        "mesh.processes": processes,
+        "mesh.router": router,
+        "mesh.processor": processor,
+        "discovery.store": discovery,
         "router.policy": policy,
         "engine.name": engine,
         "engine.speedup": speedup,
@@ -85,58 +105,27 @@ def up(
         "log.format": log_format,
     }
     flags |= engine_options(engine_option or [])
-    _run(config, {key: value for key, value in flags.items() if value is not None})
-
-
-def engine_options(options: list[str]) -> dict[str, str]:
-    """Return `KEY=VALUE` flags by dotted key. Raises: typer.BadParameter."""
-    by_key = {}
-    for option in options:
-        name, separator, value = option.partition("=")
-        if not separator or not name:
-            raise typer.BadParameter(
-                f"{option!r} is not KEY=VALUE, e.g. total_blocks=512", param_hint="--engine-option"
-            )
-        by_key[f"engine.options.{name}"] = value
-    return by_key
-
-
-def _run(config: Path | None, flags: dict[str, Any]) -> None:
-    from kvmesh.core.errors import FixRequestError, MeshError
-    from kvmesh.runtime.settings import SettingsError, load_settings
-
-    try:
-        loaded = load_settings(config_file=config, overrides=flags)
-    except SettingsError as exc:
-        raise CommandFailed(str(exc), exit_code=2) from exc
-
-    from kvmesh.services.channels import PortTakenError  # gRPC: only once the settings are good
-
-    try:
-        _serve(loaded)
-    except SettingsError as exc:
-        raise CommandFailed(str(exc), exit_code=2) from exc
-    except FixRequestError as exc:
-        raise CommandFailed(_text(exc), exit_code=2) from exc
-    except MeshError as exc:
-        raise CommandFailed(_text(exc)) from exc
-    except PortTakenError as exc:
-        raise CommandFailed(str(exc)) from exc
+    run_with_settings(_serve, config, flags)
 
 
 def _serve(loaded: "LoadedSettings[Settings]") -> None:
     import uvloop
 
     from kvmesh.cli.foreground import serve, set_up_output
-    from kvmesh.runtime.mesh import Mesh
 
     show = set_up_output(loaded.settings.log, level_is_chosen=loaded.origins["log.level"] != "default")
 
     async def run() -> None:
-        await serve(Mesh(loaded.settings), show)
+        await serve(_mesh(loaded.settings), show)
 
     uvloop.run(run())
 
 
-def _text(error: "MeshError") -> str:
-    return f"{error.reason.value}: {error.message}" if error.message else error.reason.value
+def _mesh(settings: "Settings") -> "ForegroundMesh":
+    if settings.mesh.processes:
+        from kvmesh.runtime.process_mesh import ProcessMesh
+
+        return ProcessMesh(settings)
+    from kvmesh.runtime.mesh import Mesh
+
+    return Mesh(settings)

@@ -111,7 +111,7 @@ class RunTree:
             at += 1
         rest = list(keys[at:])
         distinct = set(rest)
-        if len(distinct) != len(rest) or not distinct.isdisjoint(self.runs.keys()):
+        if len(distinct) != len(rest) or not self.runs.keys().isdisjoint(distinct):
             return None
         return Path(start, in_start, entered, end, rest)
 

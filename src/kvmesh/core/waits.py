@@ -32,6 +32,8 @@ class Waits:
     """A client that sets no deadline -> DEADLINE."""
     exchange_write_s: float = 10.0
     """A blocked write on an exchange -> the stream is broken."""
+    client_write_s: float = 30.0
+    """A write to a client that does not read, on gRPC or HTTP -> SLOW_CONSUMER."""
 
     def __post_init__(self) -> None:
         """Refuse waits that never end or never begin. Raises: ValueError naming the field and the range."""

@@ -130,6 +130,8 @@ class EngineRequest:
     lora: str | None = None
     """With `cache_namespace`: part of the identity of the blocks that generated tokens fill."""
     cache_namespace: str | None = None
+    imported_tokens: int = 0
+    """Prompt tokens whose blocks were imported for this very request: found in the cache, and yet no cache hits."""
 
 
 class Output(NamedTuple):
@@ -145,7 +147,7 @@ class Output(NamedTuple):
     prefill_done: bool = False
     """True in the step in which the prompt's last uncached token was computed."""
     cached_tokens: int = 0
-    """With `prefill_done`: prompt tokens that came from the prefix cache."""
+    """With `prefill_done`: prompt tokens that came from the prefix cache, not counting what was imported for it."""
     prompt_tokens: int = 0
     """With `prefill_done`."""
     finish: FinishReason | None = None

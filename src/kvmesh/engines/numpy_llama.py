@@ -6,9 +6,9 @@ its shape. In float32 a near-tie is some 1e-5 wide, in float64 some 1e-14, which
 """
 
 from collections.abc import Sequence
+from math import prod
 
 import numpy as np
-import numpy.typing as npt
 
 from kvmesh.core.ids import SequenceHash
 from kvmesh.engines.engine import EngineRequest, FinishReason, KvLayout
@@ -17,6 +17,7 @@ from kvmesh.engines.numpy_llama_options import NumpyLlamaOptions
 from kvmesh.engines.numpy_llama_sampling import pick_token
 from kvmesh.engines.numpy_llama_weights import Floats, LlamaWeights
 from kvmesh.engines.paged_engine import PagedEngine
+from kvmesh.engines.paged_model import Allocate, allocate_here
 from kvmesh.engines.paged_request import PagedRequest
 
 _BLANK_BYTE = 0xFF
@@ -60,21 +61,23 @@ class LlamaRequest(PagedRequest):
 class NumpyLlamaEngine(PagedEngine[LlamaRequest]):
     """A Llama model behind the engine port; engines of one process share `weights`."""
 
-    def __init__(self, weights: LlamaWeights, options: NumpyLlamaOptions | None = None) -> None:
-        """Start with an empty cache; `options.dtype` is that of the weights."""
+    def __init__(
+        self, weights: LlamaWeights, options: NumpyLlamaOptions | None = None, *, allocate: Allocate = allocate_here
+    ) -> None:
+        """Start with an empty cache in a pool of `allocate`; `options.dtype` is that of the weights."""
         options = options or NumpyLlamaOptions(dtype=weights.dtype.name)
         assert options.dtype == weights.dtype.name, f"the weights are {weights.dtype.name}"
-        super().__init__("numpy_llama", options, model=_LlamaModel(weights, options))
+        super().__init__("numpy_llama", options, model=_LlamaModel(weights, options, allocate))
 
 
 class _LlamaModel:
     """The weights over one engine's KV memory."""
 
-    def __init__(self, weights: LlamaWeights, options: NumpyLlamaOptions) -> None:
+    def __init__(self, weights: LlamaWeights, options: NumpyLlamaOptions, allocate: Allocate) -> None:
         config = weights.config
         block_shape = (config.layers, 2, options.block_size, config.kv_heads, config.head_dim)
-        self._kv: Floats = np.zeros((options.total_blocks, *block_shape), dtype=weights.dtype)
-        self.memory: npt.NDArray[np.uint8] = self._kv.reshape(options.total_blocks, -1).view(np.uint8)
+        self.memory = allocate(options.total_blocks, prod(block_shape) * weights.dtype.itemsize)
+        self._kv: Floats = self.memory.view(weights.dtype).reshape(options.total_blocks, *block_shape)
         self.vocab_size = config.vocab_size
         self.max_context_tokens = config.max_context_tokens
         self.eos_token_ids = options.eos_token_ids

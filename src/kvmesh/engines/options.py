@@ -1,12 +1,12 @@
 """How an engine's options are declared as a dataclass and read from `--engine-option NAME=VALUE` text."""
 
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, field, fields
 from typing import Any, TypeVar
 
 from kvmesh.core.errors import FixRequestError, Reason
+from kvmesh.core.suggestions import suggestion
 
 T = TypeVar("T")
 
@@ -46,14 +46,13 @@ def parse_options(kind: type[T], options: Mapping[str, str], *, engine: str) -> 
     """Read the options of `engine` from text, e.g. `{"total_blocks": "512", "speedup": "0"}`.
 
     Raises:
-        FixRequestError: INVALID_FIELD; an unknown name is answered with the nearest one, a bad value with its range.
+        FixRequestError: INVALID_FIELD; an unknown name is answered with a close one or all, a bad value with its range.
     """
     known: dict[str, Field[Any]] = {option.name: option for option in fields(kind)}  # type: ignore[arg-type]  # every caller passes a dataclass
     values: dict[str, Any] = {}
     for name, text in options.items():
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            raise invalid_option(name, f"is no option of the {engine} engine: the nearest is {near}")
+            raise invalid_option(name, f"is no option of the {engine} engine: {suggestion(name, known)}")
         try:
             values[name] = _read(text, known[name].default)
         except ValueError as exc:

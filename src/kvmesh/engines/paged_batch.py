@@ -45,6 +45,7 @@ class PagedBatch(Generic[R]):
         self.prompt_tokens = 0
         """Of all requests admitted so far."""
         self.cached_tokens = 0
+        """Of those, what their caches held: what was imported for the request itself is no hit."""
         self._options = options
         self._pool = pool
         self._model = model
@@ -212,8 +213,8 @@ class PagedBatch(Generic[R]):
         assert taken is not None, "has_room said that there was room"
         request.blocks = held + taken
         if request.cached_tokens is None:
-            request.cached_tokens = request.computed
-            self.cached_tokens += request.computed
+            request.cached_tokens = max(request.computed - request.request.imported_tokens, 0)
+            self.cached_tokens += request.cached_tokens
             self.prompt_tokens += request.prompt_tokens
 
     def _compute(self, request: R, budget: int, outputs: list[Output]) -> int:

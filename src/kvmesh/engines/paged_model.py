@@ -1,6 +1,6 @@
 """The port between a paged batch, which keeps the books, and the model behind it, which fills blocks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -11,6 +11,13 @@ from kvmesh.engines.engine import EngineRequest, KvLayout
 from kvmesh.engines.paged_request import PagedRequest
 
 R = TypeVar("R", bound=PagedRequest)
+Allocate = Callable[[int, int], npt.NDArray[np.uint8]]
+"""Takes blocks and bytes per block, returns a zeroed pool of this shape: where it lies is the caller's business."""
+
+
+def allocate_here(blocks: int, block_bytes: int) -> npt.NDArray[np.uint8]:
+    """Return a pool in this process's own memory, which is taken when a block is first written."""
+    return np.zeros((blocks, block_bytes), dtype=np.uint8)
 
 
 class PagedOptions(Protocol):

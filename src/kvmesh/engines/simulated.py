@@ -8,11 +8,11 @@ with the block's sequence hash written all over it, so that an import can tell w
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from kvmesh.core.ids import SequenceHash
 from kvmesh.engines.engine import EngineRequest, KvLayout
 from kvmesh.engines.paged_engine import PagedEngine
+from kvmesh.engines.paged_model import Allocate, allocate_here
 from kvmesh.engines.simulated_options import SimulatedOptions
 from kvmesh.engines.simulated_request import SimulatedRequest
 from kvmesh.engines.simulated_tokens import OutputTokens
@@ -23,17 +23,17 @@ _WORD = np.dtype("<u8")
 class SimulatedEngine(PagedEngine[SimulatedRequest]):
     """An engine without a model, exact in blocks; see the port for what each method owes."""
 
-    def __init__(self, options: SimulatedOptions | None = None) -> None:
-        """Start with an empty cache."""
+    def __init__(self, options: SimulatedOptions | None = None, *, allocate: Allocate = allocate_here) -> None:
+        """Start with an empty cache in a pool of `allocate`."""
         options = options or SimulatedOptions()
-        super().__init__("simulated", options, model=_SimulatedModel(options))
+        super().__init__("simulated", options, model=_SimulatedModel(options, allocate))
 
 
 class _SimulatedModel:
     """Writes hashes for KV, and knows what a step would have cost."""
 
-    def __init__(self, options: SimulatedOptions) -> None:
-        self.memory: npt.NDArray[np.uint8] = np.zeros((options.total_blocks, options.block_bytes), dtype=np.uint8)
+    def __init__(self, options: SimulatedOptions, allocate: Allocate) -> None:
+        self.memory = allocate(options.total_blocks, options.block_bytes)
         self.vocab_size = options.vocab_size
         self.max_context_tokens = options.max_context_tokens
         self.eos_token_ids = options.eos_token_ids

@@ -11,13 +11,14 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from kvmesh import telemetry
+from kvmesh.core.waits import Waits
 from kvmesh.gateway.openai_api import openai_routes
 from kvmesh.gateway.request_frame import RequestFrame
 from kvmesh.gateway.transcoder import Servicer, rpc_routes
 from kvmesh.wire.generation import Generator
 
 DEFAULT_MAX_BODY_BYTES = 8 * 1024 * 1024
-DEFAULT_REQUEST_TIMEOUT_S = 300.0
+_DEFAULT_WAITS = Waits()
 
 
 def create_app(
@@ -27,12 +28,14 @@ def create_app(
     unready_reason: Callable[[], str | None],
     exposition: Callable[[], bytes] = telemetry.exposition,
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
-    request_timeout_s: float = DEFAULT_REQUEST_TIMEOUT_S,
+    request_timeout_s: float = _DEFAULT_WAITS.request_s,
+    client_write_s: float = _DEFAULT_WAITS.client_write_s,
 ) -> Starlette:
     """Return the app that serves the annotated methods of `services` and the OpenAI API on `generator`.
 
     `unready_reason` says why the process should get no requests now, None when it should; `request_timeout_s` bounds
-    unary calls whose client sets no deadline. Raises: ValueError for an annotation that cannot be served.
+    unary calls whose client sets no deadline, `client_write_s` each write of a stream whose client does not read.
+    Raises: ValueError for an annotation that cannot be served.
     """
 
     async def healthz(request: Request) -> Response:
@@ -47,11 +50,16 @@ def create_app(
 
     app = Starlette(
         routes=[
-            *openai_routes(generator, max_body_bytes=max_body_bytes),
+            *openai_routes(generator, max_body_bytes=max_body_bytes, client_write_s=client_write_s),
             Route("/healthz", healthz),
             Route("/readyz", readyz),
             Route("/metrics", metrics),
-            *rpc_routes(services, max_body_bytes=max_body_bytes, request_timeout_s=request_timeout_s),
+            *rpc_routes(
+                services,
+                max_body_bytes=max_body_bytes,
+                request_timeout_s=request_timeout_s,
+                client_write_s=client_write_s,
+            ),
         ],
         middleware=[Middleware(RequestFrame)],
         exception_handlers={HTTPException: _pass_on},

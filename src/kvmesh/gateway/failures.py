@@ -113,22 +113,12 @@ def _headers(code: grpc.StatusCode, error: MeshError) -> Headers:
 
 
 def _mesh_error(exc: Exception) -> MeshError:
-    leaf = _leaf(exc)
-    if isinstance(leaf, NotImplementedError):  # what generated servicers raise for a method nobody wrote
-        leaf = NotServedError(Reason.UNIMPLEMENTED, "")
-    if isinstance(leaf, MeshError) and leaf.reason is not Reason.INTERNAL:
-        _log.info("http.refused", reason=leaf.reason.value, detail=leaf.message)
-        return leaf
-    _log.error("http.failed", exc_info=exc)
-    return MeshError(Reason.INTERNAL, "")
-
-
-def _leaf(exc: Exception) -> Exception:
-    """Look into the group a TaskGroup raises: a foreseen error speaks for it only if nothing unforeseen is there."""
-    if not isinstance(exc, ExceptionGroup):
-        return exc
-    leaves = [_leaf(inner) for inner in exc.exceptions]
-    return next((leaf for leaf in leaves if not isinstance(leaf, MeshError)), leaves[0])
+    error = error_catalog.foreseen_error(exc)
+    if error is None:
+        _log.error("http.failed", exc_info=exc)
+        return MeshError(Reason.INTERNAL, "")
+    _log.info("http.refused", reason=error.reason.value, detail=error.message)
+    return error
 
 
 def _detail(detail: Any) -> dict[str, Any]:

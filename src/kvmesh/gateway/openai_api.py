@@ -29,10 +29,12 @@ _LARGE_BODY_BYTES = 512 * 1024
 """From here on (milliseconds of parsing) a body is parsed off the loop."""
 
 
-def openai_routes(generator: Generator, *, max_body_bytes: int) -> list[BaseRoute]:
+def openai_routes(generator: Generator, *, max_body_bytes: int, client_write_s: float) -> list[BaseRoute]:
     """Return the routes of the OpenAI API."""
-    chat = Completions(generator, CHAT, ChatRequest, max_body_bytes=max_body_bytes)
-    completions = Completions(generator, COMPLETION, CompletionRequest, max_body_bytes=max_body_bytes)
+    chat = Completions(generator, CHAT, ChatRequest, max_body_bytes=max_body_bytes, client_write_s=client_write_s)
+    completions = Completions(
+        generator, COMPLETION, CompletionRequest, max_body_bytes=max_body_bytes, client_write_s=client_write_s
+    )
     models = Models(generator)
     return [
         Route("/v1/chat/completions", chat, methods=["POST"]),
@@ -66,13 +68,20 @@ class Completions:
     """One of the two kinds of completion."""
 
     def __init__(
-        self, generator: Generator, form: ReplyForm, kind: type[OpenAIRequest], *, max_body_bytes: int
+        self,
+        generator: Generator,
+        form: ReplyForm,
+        kind: type[OpenAIRequest],
+        *,
+        max_body_bytes: int,
+        client_write_s: float,
     ) -> None:
         """`kind` is what the body must be."""
         self._generator = generator
         self._form = form
         self._kind = kind
         self._max_body_bytes = max_body_bytes
+        self._client_write_s = client_write_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request. Raises: MeshError until the reply has begun."""
@@ -89,6 +98,7 @@ class Completions:
                 self._chunks(events, includes_usage=asked.includes_usage),
                 receive=receive,
                 timeout_s=timeout_s,
+                client_write_s=self._client_write_s,
                 last=sse.DONE,
                 tell=lambda failure: sse.event(failure.openai_body()),
             )

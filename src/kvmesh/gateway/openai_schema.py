@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
 import orjson
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from kvmesh.core.errors import FixRequestError, Reason
 from kvmesh.v1 import frontend_pb2, generation_pb2
-from kvmesh.wire.validation import MAX_STOPS, invalid
+from kvmesh.wire.validation import MAX_STOP_BYTES, MAX_STOPS, invalid
 
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "n": (None, 1),
@@ -94,6 +94,15 @@ class StreamOptions(_Strict):
     """Taken and not acted upon: padding against eavesdroppers belongs to TLS here."""
 
 
+def _no_long_stop(stop: str) -> str:
+    if (size := len(stop.encode())) > MAX_STOP_BYTES:
+        raise ValueError(f"{size} bytes are too many: up to {MAX_STOP_BYTES}")
+    return stop
+
+
+_Stop = Annotated[str, Field(min_length=1), AfterValidator(_no_long_stop)]
+
+
 class Message(_Strict):
     """One message of a conversation."""
 
@@ -116,9 +125,7 @@ class OpenAIRequest(_Strict):
     ignore_eos: bool = False
     """Likewise."""
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
-    stop: Annotated[
-        list[Annotated[str, Field(min_length=1)]], BeforeValidator(_one_or_many), Field(max_length=MAX_STOPS)
-    ] = []
+    stop: Annotated[list[_Stop], BeforeValidator(_one_or_many), Field(max_length=MAX_STOPS)] = []
 
     @property
     def includes_usage(self) -> bool:

@@ -10,10 +10,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kvmesh import telemetry
 from kvmesh.gateway.failures import Failure, failure_of
+from kvmesh.gateway.request_guard import check_request
 from kvmesh.gateway.request_io import ClientGoneError, draining, header, send_bytes
 
 REQUEST_ID_KEY = "x-request-id"
 """Header of the mesh's id of a request, on every reply."""
+CLIENT_REQUEST_ID_KEY = "x-client-request-id"
+"""Header of the client's own id on the reply to a request that brought one as its `x-request-id`."""
 OPENAI_PREFIX = "/v1/"
 """Paths whose errors have the OpenAI API's form."""
 
@@ -49,18 +52,22 @@ class RequestFrame:
             await self._app(scope, receive, send)
             return
         request_id = scope[_SCOPE_KEY] = str(uuid_utils.uuid7())
-        own_header = (REQUEST_ID_KEY.encode("ascii"), request_id.encode("ascii"))
+        own_headers = [(REQUEST_ID_KEY.encode("ascii"), request_id.encode("ascii"))]
+        if client_request_id := client_request_id_of(scope):
+            own_headers.append((CLIENT_REQUEST_ID_KEY.encode("ascii"), client_request_id.encode("ascii")))
+            structlog.contextvars.bind_contextvars(client_request_id=client_request_id)
         status = 0
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), own_header]
+                message["headers"] = [*message.get("headers", ()), *own_headers]
             await send(message)
 
         structlog.contextvars.bind_contextvars(request_id=request_id, method=scope["method"], path=scope["path"])
         try:
+            check_request(scope)
             await self._app(scope, receive, send_with_id)
         except ClientGoneError:
             _log.debug("http.client_gone")

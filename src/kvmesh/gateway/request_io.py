@@ -8,16 +8,15 @@ from contextlib import aclosing, asynccontextmanager, suppress
 import orjson
 from starlette.types import Receive, Scope, Send
 
-from kvmesh.core.errors import BackOffError, OutOfTimeError, Reason, TryElsewhereError
+from kvmesh.core.errors import OutOfTimeError, Reason, TryElsewhereError
 from kvmesh.gateway.failures import Failure, body_too_long, failure_of
 from kvmesh.services.owned_tasks import OwnedTasks
+from kvmesh.services.stalled_clients import Writes, while_client_reads
 from kvmesh.wire.validation import invalid
 
 JSON = b"application/json"
 BODY_WAIT_S = 30.0
 """Longest time a body may take to arrive."""
-STALLED_CLIENT_S = 30.0
-"""Longest time one write may wait for a client that does not read."""
 _FAREWELL_S = 1.0
 _GRPC_TIMEOUT = re.compile(r"([0-9]{1,8})([HMSmun])")
 _UNIT_S = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
@@ -126,17 +125,16 @@ class StreamedReply:
         self._content_type = content_type
         self._now = asyncio.get_running_loop().time
         self.is_started = False
-        self.writing_since: float | None = None
-        """When the write that is going on began, on the loop's clock."""
+        self.writes = Writes()
 
     async def write(self, data: bytes, *, more: bool = True) -> None:
         """Send some bytes in one write; waits while the client does not read."""
-        self.writing_since = self._now()
+        self.writes.since = self._now()
         if not self.is_started:
             self.is_started = True
             await self._start()
         await self._send({"type": "http.response.body", "body": data, "more_body": more})
-        self.writing_since = None
+        self.writes.since = None
 
     async def end(self, data: bytes = b"") -> None:
         """Send the last bytes."""
@@ -164,6 +162,7 @@ async def stream(
     *,
     receive: Receive,
     timeout_s: float | None,
+    client_write_s: float,
     last: bytes,
     tell: Callable[[Failure], bytes],
 ) -> None:
@@ -174,7 +173,7 @@ async def stream(
     try:
         async with until_disconnect(receive):
             try:
-                async with deadline(timeout_s), _while_read(reply):
+                async with deadline(timeout_s), while_client_reads(reply.writes, client_write_s):
                     async with aclosing(chunks):
                         async for chunk in chunks:
                             await reply.write(chunk)
@@ -187,36 +186,6 @@ async def stream(
         if reply.is_started:  # the server stops
             await reply.say_farewell(tell(failure_of(draining())))
         raise
-
-
-@asynccontextmanager
-async def _while_read(reply: StreamedReply) -> AsyncIterator[None]:
-    """Cancel the block when one write has waited STALLED_CLIENT_S or more, and raise SLOW_CONSUMER in its place.
-
-    One timer per stream looks twice in that time: a timeout around each write would double what a token costs.
-    """
-    loop = asyncio.get_running_loop()
-    cut = asyncio.timeout(None)
-    timer: asyncio.TimerHandle
-
-    def look() -> None:
-        nonlocal timer
-        now = loop.time()
-        if reply.writing_since is not None and now - reply.writing_since >= STALLED_CLIENT_S:
-            cut.reschedule(now)
-        else:
-            timer = loop.call_later(STALLED_CLIENT_S / 2, look)
-
-    timer = loop.call_later(STALLED_CLIENT_S / 2, look)
-    try:
-        async with cut:
-            yield
-    except TimeoutError as exc:
-        if not cut.expired():
-            raise
-        raise BackOffError(Reason.SLOW_CONSUMER, f"no read in {STALLED_CLIENT_S:g} s") from exc
-    finally:
-        timer.cancel()
 
 
 def draining() -> TryElsewhereError:

@@ -20,8 +20,10 @@ _DETAILS_KEY = "grpc-status-details-bin"
 class RestContext:
     """The context of one call."""
 
-    def __init__(self, *, metadata: Metadata, peer: str, timeout_s: float | None) -> None:
+    def __init__(self, *, request_id: str, metadata: Metadata, peer: str, timeout_s: float | None) -> None:
         """`metadata` is the request's headers, lower case; the deadline is counted from now."""
+        self.request_id = request_id
+        """The mesh's id of the request (UUIDv7)."""
         self._metadata = tuple(metadata)
         self._peer = peer
         self._loop = asyncio.get_running_loop()

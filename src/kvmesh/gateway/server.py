@@ -7,8 +7,10 @@ import socket
 from typing import Any
 
 import uvicorn
+from starlette.types import Receive, Scope, Send
 from uvicorn.lifespan.off import LifespanOff
 
+from kvmesh.gateway.request_guard import BOUND_HOST_KEY
 from kvmesh.services.channels import PortTakenError
 from kvmesh.services.owned_tasks import OwnedTasks
 
@@ -23,8 +25,13 @@ class HttpServer:
         """Nothing is bound yet; port 0 = any free one."""
         self._host = host
         self._port = port
+
+        async def on_this_host(scope: Scope, receive: Receive, send: Send) -> None:
+            scope[BOUND_HOST_KEY] = host
+            await app(scope, receive, send)
+
         config = uvicorn.Config(
-            app,
+            on_this_host,
             http="httptools",
             ws="none",
             lifespan="off",

@@ -41,7 +41,11 @@ NDJSON = b"application/x-ndjson"
 
 
 def rpc_routes(
-    services: Sequence[tuple[ServiceDescriptor, Servicer]], *, max_body_bytes: int, request_timeout_s: float
+    services: Sequence[tuple[ServiceDescriptor, Servicer]],
+    *,
+    max_body_bytes: int,
+    request_timeout_s: float,
+    client_write_s: float,
 ) -> list["RpcRoute"]:
     """Return the routes of all annotated methods; `request_timeout_s` bounds a unary call whose client sets no time.
 
@@ -54,6 +58,7 @@ def rpc_routes(
             getattr(servicers[rule.method.containing_service.full_name], rule.method.name),
             max_body_bytes=max_body_bytes,
             request_timeout_s=request_timeout_s,
+            client_write_s=client_write_s,
         )
         for rule in rules_of(descriptor for descriptor, _ in services)
     ]
@@ -62,7 +67,9 @@ def rpc_routes(
 class RpcRoute(BaseRoute):
     """One rule served by one method of a servicer."""
 
-    def __init__(self, rule: HttpRule, method: Any, *, max_body_bytes: int, request_timeout_s: float) -> None:
+    def __init__(
+        self, rule: HttpRule, method: Any, *, max_body_bytes: int, request_timeout_s: float, client_write_s: float
+    ) -> None:
         """`method` takes (request, context): a coroutine function, or an async generator function if it streams."""
         self.path = rule.template
         """The template, as metrics name the route."""
@@ -70,6 +77,7 @@ class RpcRoute(BaseRoute):
         self._method = method
         self._max_body_bytes = max_body_bytes
         self._request_timeout_s = request_timeout_s
+        self._client_write_s = client_write_s
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         """Return PARTIAL where only the verb differs."""
@@ -109,6 +117,7 @@ class RpcRoute(BaseRoute):
             self._results(request, _context(scope, timeout_s), frame),
             receive=receive,
             timeout_s=timeout_s,
+            client_write_s=self._client_write_s,
             last=b"",
             tell=lambda failure: frame(_error(failure)),
         )
@@ -120,14 +129,15 @@ class RpcRoute(BaseRoute):
 
 
 def _context(scope: Scope, timeout_s: float | None) -> RestContext:
-    request_id_key = REQUEST_ID_KEY.encode("ascii")
+    request_id, request_id_key = request_id_of(scope), REQUEST_ID_KEY.encode("ascii")
     metadata = [
         (key.decode("latin-1"), value.decode("latin-1")) for key, value in scope["headers"] if key != request_id_key
     ]
     host, port = scope.get("client") or ("", 0)
     family = "ipv6" if ":" in host else "ipv4"
     return RestContext(
-        metadata=[*metadata, (REQUEST_ID_KEY, request_id_of(scope))],
+        request_id=request_id,
+        metadata=[*metadata, (REQUEST_ID_KEY, request_id)],
         peer=f"{family}:[{host}]:{port}" if family == "ipv6" else f"{family}:{host}:{port}",
         timeout_s=timeout_s,
     )

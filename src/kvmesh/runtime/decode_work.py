@@ -3,9 +3,11 @@
 from collections.abc import Callable, Sequence
 
 from kvmesh.core.remote_prefill import RemotePrefillRules
-from kvmesh.runtime.worker import Service, Work, WorkerParts
+from kvmesh.runtime.role import Service
+from kvmesh.runtime.worker import Work, WorkerParts
 from kvmesh.services.decode_requests import DecodeRequests
 from kvmesh.services.decode_worker import DecodeWorker
+from kvmesh.services.handoff_source import HandoffSource
 from kvmesh.services.remote_prefill import RemotePrefill
 from kvmesh.v1 import decode_worker_pb2, decode_worker_pb2_grpc, worker_events_pb2
 
@@ -16,11 +18,13 @@ class DecodeWork:
     def __init__(self, parts: WorkerParts, *, rules: RemotePrefillRules, required: bool) -> None:
         """Decide by `rules`; `required`: a failed remote prefill fails the request."""
         self._remote_prefill = RemotePrefill(
-            identity=parts.identity,
             driver=parts.driver,
             peers=parts.peers,
             channels=parts.channels,
-            transport=parts.transport,
+            transports=parts.transports,
+            source=HandoffSource(
+                identity=parts.identity, driver=parts.driver, pins=parts.pins, transports=parts.transports
+            ),
             rules=rules,
             waits=parts.waits,
             required=required,

@@ -2,14 +2,23 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
+from typing import Protocol
 
 from kvmesh.core.errors import FixRequestError, Reason
+from kvmesh.core.suggestions import suggestion
 from kvmesh.engines.engine import Engine
+from kvmesh.engines.paged_model import Allocate, allocate_here
 from kvmesh.runtime.settings import EngineSettings
 from kvmesh.tokenizing.tokenizer import Tokenizer
+
+
+class BuildEngine(Protocol):
+    """Makes one engine."""
+
+    def __call__(self, node: str, *, allocate: Allocate = allocate_here) -> Engine:
+        """Make the engine of a worker on `node`; its KV pool, if it has one, is what `allocate` returns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,18 +30,16 @@ class EnginePlan:
     """None: the engine reads text."""
     min_uncached_tokens: int
     """From how many uncached tokens on a prefill goes remote, where the settings leave it open."""
-    build: Callable[[str], Engine]
-    """Takes the node's name."""
+    build: BuildEngine
 
 
 def plan_engine(settings: EngineSettings) -> EnginePlan:
     """Check the settings and return the plan. Raises: FixRequestError(INVALID_FIELD) naming the setting."""
     planner = _PLANNERS.get(settings.name)
     if planner is None:
-        nearest = get_close_matches(settings.name, _PLANNERS, n=1, cutoff=0.0)[0]
         raise FixRequestError(
             Reason.INVALID_FIELD,
-            f"no engine is named {settings.name!r}; did you mean {nearest!r}? Known: {', '.join(_PLANNERS)}",
+            f"no engine is named {settings.name!r}; {suggestion(settings.name, _PLANNERS)}",
             field="engine.name",
         )
     return planner(settings)
@@ -50,7 +57,7 @@ def _plan_echo(settings: EngineSettings) -> EnginePlan:
         model_name=settings.model_name or "echo",
         tokenizer=None,
         min_uncached_tokens=1,  # so that the walk-through's short prompts go remote
-        build=lambda node: echo.EchoEngine(node_name=node, options=options),
+        build=lambda node, *, allocate=allocate_here: echo.EchoEngine(node_name=node, options=options),
     )
 
 
@@ -64,7 +71,7 @@ def _plan_simulated(settings: EngineSettings) -> EnginePlan:
         model_name=settings.model_name or (settings.model.resolve().name if settings.model else "simulated"),
         tokenizer=tokenizer,
         min_uncached_tokens=256,
-        build=lambda _: simulated.SimulatedEngine(options),
+        build=lambda node, *, allocate=allocate_here: simulated.SimulatedEngine(options, allocate=allocate),
     )
 
 
@@ -92,7 +99,9 @@ def _plan_numpy_llama(settings: EngineSettings) -> EnginePlan:
         model_name=settings.model_name or folder.resolve().name,
         tokenizer=tokenizer,
         min_uncached_tokens=1 if config.parameters < _TINY_PARAMETERS else 256,
-        build=lambda _: numpy_llama.NumpyLlamaEngine(weights(), options),
+        build=lambda node, *, allocate=allocate_here: numpy_llama.NumpyLlamaEngine(
+            weights(), options, allocate=allocate
+        ),
     )
 
 

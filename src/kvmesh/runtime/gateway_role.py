@@ -1,39 +1,33 @@
-"""The gateway: frontend, processor and router in one process part, with a gRPC and an HTTP door."""
+"""The gateway: the frontend's gRPC and HTTP doors, and behind them the processor and the router, here or elsewhere."""
 
-import random
-import secrets
-from collections.abc import Mapping
+import asyncio
+from dataclasses import dataclass
 
 from kvmesh import telemetry
-from kvmesh.core.ids import RouterId
-from kvmesh.core.policies.policy import Policy
 from kvmesh.core.roster import WorkerRole
-from kvmesh.core.routing import RoutingRules
 from kvmesh.core.waits import Waits
 from kvmesh.discovery.discovery import Discovery
 from kvmesh.gateway.app import create_app
 from kvmesh.gateway.server import HttpServer
+from kvmesh.runtime.processor_role import ProcessorPart, Tokenizers
+from kvmesh.runtime.role import Listen, Service, stop_all
+from kvmesh.runtime.router_role import RouterPart
 from kvmesh.runtime.server import GrpcServer
-from kvmesh.runtime.worker import Service
 from kvmesh.services.channels import Channels
-from kvmesh.services.exchange_client import ExchangePool
-from kvmesh.services.forwarded_queue import ForwardedQueue
+from kvmesh.services.forwarded import ForwardedService
 from kvmesh.services.frontend import Frontend
 from kvmesh.services.local_router import LocalRouter
 from kvmesh.services.peers import Peers
 from kvmesh.services.processor import Processor
-from kvmesh.services.processor_service import Processor as ProcessorService
-from kvmesh.services.router import Router
-from kvmesh.services.routing_port import InProcessRouting
+from kvmesh.services.remote_processor import RemoteProcessor
+from kvmesh.services.router_views import LocalRouterView, RemoteRouterView
 from kvmesh.services.topology import TopologyView
+from kvmesh.services.totals_views import LocalTotals, RemoteTotals
 from kvmesh.services.worker_control import ForwardedWorkerControl
-from kvmesh.tokenizing.tokenizer import Tokenizer
 from kvmesh.v1 import (
     frontend_pb2,
     frontend_pb2_grpc,
     prefill_queue_pb2,
-    processor_pb2,
-    processor_pb2_grpc,
     router_pb2,
     router_pb2_grpc,
     worker_control_pb2,
@@ -43,6 +37,16 @@ from kvmesh.v1 import (
 log = telemetry.logger(__name__)
 
 _STREAMS_END_S = 1.0
+_LOOK_AGAIN_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Doors:
+    """Where clients come in."""
+
+    grpc: Listen
+    http: Listen
+    max_body_bytes: int
 
 
 class GatewayRole:
@@ -51,53 +55,72 @@ class GatewayRole:
     def __init__(
         self,
         *,
+        name: str,
         discovery: Discovery,
         namespace: str,
-        policy: Policy,
-        rules: RoutingRules,
-        reservation_ttl_s: float,
-        seed: int | None,
-        tokenizers: Mapping[str, Tokenizer | None],
+        router: RouterPart | None,
+        tokenizers: Tokenizers | None,
+        doors: Doors,
         waits: Waits,
-        max_body_bytes: int,
     ) -> None:
-        """Serve the models of `tokenizers`; `seed` makes the router's picks repeatable."""
+        """Process requests here with `tokenizers`, or at the processors of discovery where that is None.
+
+        They are routed by `router`, or by the one that discovery names where that is None.
+        """
+        self.name = name
+        self._doors = doors
         self._waits = waits
         self._channels = Channels()
         self._peers = Peers(discovery, namespace=namespace)
-        name = secrets.token_hex(8)
-        self.router = LocalRouter(
-            discovery=discovery,
-            namespace=namespace,
-            router_id=RouterId(f"router-{name}"),
-            policy=policy,
-            rng=random.Random(seed),
-            rules=rules,
-            reservation_ttl_s=reservation_ttl_s,
-        )
-        self.processor = Processor(
-            router=InProcessRouting(self.router),
-            peers=self._peers,
-            exchanges=ExchangePool(processor_id=f"processor-{name}", channels=self._channels, waits=waits),
-            tokenizers=tokenizers,
-            waits=waits,
-        )
+        self._router = router
+        self._part: ProcessorPart | None = None
+        self._generator: Processor | RemoteProcessor
+        if tokenizers is None:
+            self._generator = RemoteProcessor(peers=self._peers, channels=self._channels, waits=waits)
+        else:
+            self._part = ProcessorPart(
+                router=router, peers=self._peers, channels=self._channels, tokenizers=tokenizers, waits=waits
+            )
+            self._generator = self._part.processor
         self._topology = TopologyView(
-            router=self.router, peers=self._peers, channels=self._channels, totals=lambda: self.processor.totals
+            router=(
+                RemoteRouterView(peers=self._peers, channels=self._channels)
+                if router is None
+                else LocalRouterView(router.router)
+            ),
+            totals=(
+                RemoteTotals(peers=self._peers, channels=self._channels)
+                if self._part is None
+                else LocalTotals(self._part.processor.totals)
+            ),
+            peers=self._peers,
+            channels=self._channels,
         )
         self._frontend = Frontend(
-            generator=self.processor, topology=self._topology.refreshed, request_timeout_s=waits.request_s
+            generator=self._generator, topology=self._topology.refreshed, request_timeout_s=waits.request_s
         )
-        self._router_service = Router(self.router, route_wait_s=waits.route_s)
-        self._max_body_bytes = max_body_bytes
-        self._server = GrpcServer()
+        self._server = GrpcServer(client_write_s=waits.client_write_s)
         self._services = self._build_services()
         for service in self._services:
             self._server.add(*service)
         self._http: HttpServer | None = None
 
     @property
-    def grpc_address(self) -> str:
+    def router(self) -> LocalRouter:
+        """The router of this process. Raises: RuntimeError where it runs elsewhere."""
+        if self._router is None:
+            raise RuntimeError("the router runs in another process")
+        return self._router.router
+
+    @property
+    def processor(self) -> Processor:
+        """The processor of this process. Raises: RuntimeError where it runs elsewhere."""
+        if self._part is None:
+            raise RuntimeError("the processor runs in another process")
+        return self._part.processor
+
+    @property
+    def address(self) -> str:
         """HOST:PORT of the gRPC door, once started."""
         return self._server.address
 
@@ -108,14 +131,16 @@ class GatewayRole:
             raise RuntimeError("the gateway was not started: it has no address")
         return self._http.address
 
-    async def start(self, *, grpc_host: str, grpc_port: int, http_host: str, http_port: int) -> None:
+    async def start(self) -> None:
         """Listen on both doors. Raises: PortTakenError, OSError."""
+        doors = self._doors
         self._peers.start()
-        self.router.start()
-        self.processor.start()
-        self._http = HttpServer(self._app(), host=http_host, port=http_port)
+        if self._router is not None:
+            self._router.start()
+        self._generator.start()
+        self._http = HttpServer(self._app(), host=doors.http.host, port=doors.http.port)
         await self._http.start()
-        await self._server.start(grpc_host, grpc_port)
+        await self._server.start(doors.grpc.host, doors.grpc.port)
         self._topology.start()
 
     def topology(self) -> frontend_pb2.Topology:
@@ -123,70 +148,94 @@ class GatewayRole:
         return self._topology.now()
 
     async def refreshed_topology(self) -> frontend_pb2.Topology:
-        """Return the mesh with the queue's counts as they are now."""
+        """Return the mesh as it is now."""
         return await self._topology.refreshed()
 
     async def wait_ready(self) -> None:
-        """Wait until the router knows a decode worker that has reported its load."""
+        """Wait until a request could be served."""
         while self._unready_reason() is not None:
-            await self.router.changed()
+            await self._changed()
+
+    async def _changed(self) -> None:
+        """Wait for news of the workers, of discovery or of the router."""
+        if self._router is None:
+            await self._peers.changed()
+            return
+        soon = asyncio.get_running_loop().time() + _LOOK_AGAIN_S  # discovery may tell the peers after the router
+        await self._router.router.changed(until=soon)
 
     async def stop(self) -> None:
         """Take nothing new, let running requests end within the drain's bound, close the doors and what they used."""
+        ends = [self._drain, self._close_http, self._close_grpc, self._topology.aclose]
+        ends.append(self._part.aclose if self._part is not None else self._generator.aclose)
+        if self._router is not None:
+            ends.append(self._router.aclose)
+        await stop_all((*ends, self._peers.aclose, self._channels.aclose))
+
+    async def _drain(self) -> None:
         self._server.health.drain()
-        await self.processor.drain(self._waits.drain_s)
+        await self._generator.drain(self._waits.drain_s)
         self._frontend.close()
-        self._router_service.close()
+        if self._router is not None:
+            self._router.close_streams()
+
+    async def _close_http(self) -> None:
         if self._http is not None:
             await self._http.stop(_STREAMS_END_S)
+
+    async def _close_grpc(self) -> None:
         await self._server.drain_and_stop(_STREAMS_END_S)
-        await self._topology.aclose()
-        await self.processor.aclose()
-        await self.router.aclose()
-        await self._peers.aclose()
-        await self._channels.aclose()
 
     def _build_services(self) -> tuple[Service, ...]:
+        control = ForwardedWorkerControl(
+            find=self._peers.roster.get, channels=self._channels, drain_s=self._waits.drain_s
+        )
         return (
             Service(
                 self._frontend,
                 frontend_pb2.DESCRIPTOR.services_by_name["Frontend"],
                 frontend_pb2_grpc.add_FrontendServicer_to_server,
             ),
+            *((self._part.service,) if self._part is not None else ()),
+            self._router.service if self._router is not None else self._forwarded_router(),
             Service(
-                ProcessorService(self.processor),
-                processor_pb2.DESCRIPTOR.services_by_name["Processor"],
-                processor_pb2_grpc.add_ProcessorServicer_to_server,
-            ),
-            Service(
-                self._router_service,
-                router_pb2.DESCRIPTOR.services_by_name["Router"],
-                router_pb2_grpc.add_RouterServicer_to_server,
-            ),
-            Service(
-                ForwardedWorkerControl(find=self.router.find, channels=self._channels, drain_s=self._waits.drain_s),
+                control,
                 worker_control_pb2.DESCRIPTOR.services_by_name["WorkerControl"],
                 worker_control_pb2_grpc.add_WorkerControlServicer_to_server,
             ),
         )
 
+    def _forwarded_router(self) -> Service:
+        descriptor = router_pb2.DESCRIPTOR.services_by_name["Router"]
+        return Service(
+            ForwardedService(descriptor, address=self._peers.router_address, channels=self._channels),
+            descriptor,
+            router_pb2_grpc.add_RouterServicer_to_server,
+        )
+
     def _app(self) -> object:
-        queue = ForwardedQueue(peers=self._peers, channels=self._channels)
+        queue = prefill_queue_pb2.DESCRIPTOR.services_by_name["PrefillQueue"]
         return create_app(
             services=[
                 *((service.descriptor, service.servicer) for service in self._services),
-                (prefill_queue_pb2.DESCRIPTOR.services_by_name["PrefillQueue"], queue),
+                (queue, ForwardedService(queue, address=self._peers.queue_address, channels=self._channels)),
             ],
-            generator=self.processor,
+            generator=self._generator,
             unready_reason=self._unready_reason,
-            max_body_bytes=self._max_body_bytes,
+            max_body_bytes=self._doors.max_body_bytes,
             request_timeout_s=self._waits.request_s,
+            client_write_s=self._waits.client_write_s,
         )
 
     def _unready_reason(self) -> str | None:
-        if self.processor.draining:
+        if self._generator.draining:
             return "draining"
-        live = [worker for worker in self.router.workers() if worker.record.role is WorkerRole.DECODE]
-        if not live:
-            return "no decode worker is alive"
-        return None if any(worker.report is not None for worker in live) else "no decode worker has reported its load"
+        if self._part is None and not self._peers.processor_addresses():
+            return "no processor is known"
+        if not any(not record.draining for record in self._peers.roster.records(WorkerRole.DECODE)):
+            return "no decode worker takes requests"
+        if self._router is None:
+            return None
+        decode = [worker for worker in self._router.router.workers() if worker.record.role is WorkerRole.DECODE]
+        reported = any(worker.report is not None for worker in decode if not worker.record.draining)
+        return None if reported else "no decode worker has reported its load"

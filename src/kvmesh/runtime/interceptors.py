@@ -4,8 +4,8 @@ Streams pay per call, not per message: the handler's generator is drained into `
 otherwise do the same. A generator is closed before its call ends, so its `finally` runs at once and not when the
 garbage collector comes by.
 
-A call ends in one of four ways, and the client always learns which: the handler returns; it raises (the catalog's
-Status); the client goes (nothing to send); the server stops (DRAINING).
+A call ends in one of five ways, and the client always learns which: the handler returns; it raises (the catalog's
+Status); the client goes (nothing to send); it stays but does not read (SLOW_CONSUMER); the server stops (DRAINING).
 """
 
 import asyncio
@@ -23,12 +23,18 @@ from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 
 from kvmesh import telemetry
-from kvmesh.core.errors import FixRequestError, MeshError, NotServedError, Reason, TryElsewhereError
+from kvmesh.core.errors import FixRequestError, MeshError, Reason, TryElsewhereError
+from kvmesh.core.waits import Waits
+from kvmesh.services.stalled_clients import Writes, while_client_reads
 from kvmesh.wire import error_catalog
 
 REQUEST_ID_KEY = "x-request-id"
 """Metadata key of the id that a call's log lines carry; it names log lines and is no key of anything."""
 
+_HELD_STREAM = re.compile(r"kvmesh\.v1\.\w+/(Watch\w*|Attach|Submit)")
+"""Methods whose stream may be left unread: they keep what is newest. Every other stream carries one request."""
+_FAREWELL_S = 1.0
+"""How long a call waits for its status to be sent."""
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _log = telemetry.logger(__name__)
 
@@ -39,9 +45,13 @@ Handler = Any
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """The one interceptor of a server; it also knows which calls still run, and can end them."""
 
-    def __init__(self, *, endless: Collection[str] = ()) -> None:
-        """Calls of the `endless` services (full names) last as long as their clients like: nobody waits for them."""
+    def __init__(self, *, endless: Collection[str] = (), client_write_s: float = Waits().client_write_s) -> None:
+        """Calls of the `endless` services (full names) last as long as their clients like: nobody waits for them.
+
+        `client_write_s` bounds each write to a client that does not read, where the stream carries one request.
+        """
         self._endless = frozenset(endless)
+        self._client_write_s = client_write_s
         self._wrapped: dict[str, tuple[Handler, Handler]] = {}
         """By method: the handler and what is served in its place."""
         self._open: dict[asyncio.Task[Any], str] = {}
@@ -108,6 +118,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         # Bytes in, bytes out: a single message that does not parse fails inside the frame like everything else.
         return grpc.unary_unary_rpc_method_handler(call.unary, None, None)
 
+    def write_bound_s(self, path: str) -> float | None:
+        """Return how long one write of this method's stream may wait for its client; None = without bound."""
+        is_held = _HELD_STREAM.fullmatch(path) is not None or path.rpartition("/")[0] in self._endless
+        return None if is_held else self._client_write_s
+
     def enter(self, service: str) -> None:
         """Take in the call that runs in the current task. Raises: TryElsewhereError(DRAINING) after `end_calls`."""
         if self._ended:
@@ -138,6 +153,7 @@ class _Call:
         self._behaviour = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
         self._parse = handler.request_deserializer or _as_is
         self._serialize = handler.response_serializer or _as_is
+        self._write_bound_s = owner.write_bound_s(path)
         self._started = telemetry.RPC_STARTED.labels(self._service, self._method)
         self._duration = telemetry.RPC_DURATION.labels(self._service, self._method)
 
@@ -155,9 +171,12 @@ class _Call:
             if inspect.isawaitable(result):  # it reads and writes the context itself
                 await result
                 return
-            async with aclosing(result) as responses:
+            writes, now = Writes(), asyncio.get_running_loop().time
+            async with while_client_reads(writes, self._write_bound_s), aclosing(result) as responses:
                 async for response in responses:
+                    writes.since = now()
                     await context.write(response)
+                    writes.since = None
 
     def _parsed(self, request: bytes) -> Any:
         try:
@@ -167,7 +186,8 @@ class _Call:
 
     @asynccontextmanager
     async def _frame(self, context: Any) -> AsyncIterator[Any]:
-        request_id = _request_id(context)
+        named = _named_request_id(context)
+        request_id = named or str(uuid_utils.uuid7())
         structlog.contextvars.bind_contextvars(request_id=request_id, method=self._path, peer=context.peer())
         self._started.inc()
         began = time.perf_counter()
@@ -175,7 +195,7 @@ class _Call:
         try:
             self._owner.enter(self._service)
             await context.send_initial_metadata(((REQUEST_ID_KEY, request_id),))
-            yield _Context(context)
+            yield _Context(context, request_id=None if named else request_id)
         except asyncio.CancelledError as exc:
             error = self._cause_of_cancel(exc)
             if error is None:
@@ -218,10 +238,12 @@ class _Call:
 class _Context:
     """A call's context as its handler sees it; the initial metadata went out when the call began."""
 
-    __slots__ = ("_context",)
+    __slots__ = ("_context", "request_id")
 
-    def __init__(self, context: Any) -> None:
+    def __init__(self, context: Any, *, request_id: str | None) -> None:
         self._context = context
+        self.request_id = request_id
+        """UUIDv7 under which the call is logged, and its request may run; None if the client named the call."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._context, name)
@@ -233,7 +255,12 @@ class _Context:
 
 
 async def _abort(context: Any, error: MeshError) -> None:
-    await context.abort_with_status(rpc_status.to_status(error_catalog.to_status(error)))
+    """End the call. The status waits in gRPC behind what the client has not read yet; the handler does not."""
+    try:
+        async with asyncio.timeout(_FAREWELL_S):
+            await context.abort_with_status(rpc_status.to_status(error_catalog.to_status(error)))
+    except (TimeoutError, grpc.aio.InternalError) as exc:  # nothing is read, or the client has gone meanwhile
+        raise asyncio.CancelledError from exc  # the end that gRPC takes quietly
 
 
 def _code_of_departure(context: Any) -> grpc.StatusCode:
@@ -246,28 +273,17 @@ def _as_is(message: bytes) -> bytes:
     return message
 
 
-def _request_id(context: Any) -> str:
+def _named_request_id(context: Any) -> str | None:
     for key, value in context.invocation_metadata() or ():
         if key == REQUEST_ID_KEY and isinstance(value, str) and _SANE_REQUEST_ID.fullmatch(value):
             return value
-    return str(uuid_utils.uuid7())
+    return None
 
 
 def _mesh_error(exc: Exception) -> MeshError:
-    """Return the error of ours that a handler's exception amounts to; what nobody foresaw is logged with its trace."""
-    leaf = _leaf(exc)
-    if isinstance(leaf, NotImplementedError):
-        leaf = NotServedError(Reason.UNIMPLEMENTED, "")
-    if isinstance(leaf, MeshError) and leaf.reason is not Reason.INTERNAL:
-        _log.info("rpc.refused", reason=leaf.reason.value, detail=leaf.message)
-        return leaf
-    _log.error("rpc.failed", exc_info=exc)
-    return MeshError(Reason.INTERNAL, "")
-
-
-def _leaf(exc: Exception) -> Exception:
-    """Look into the group a TaskGroup raises: a foreseen error speaks for it only if nothing unforeseen is there."""
-    if not isinstance(exc, ExceptionGroup):
-        return exc
-    leaves = [_leaf(inner) for inner in exc.exceptions]
-    return next((leaf for leaf in leaves if not isinstance(leaf, MeshError)), leaves[0])
+    error = error_catalog.foreseen_error(exc)
+    if error is None:
+        _log.error("rpc.failed", exc_info=exc)
+        return MeshError(Reason.INTERNAL, "")
+    _log.info("rpc.refused", reason=error.reason.value, detail=error.message)
+    return error

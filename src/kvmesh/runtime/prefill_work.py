@@ -2,10 +2,14 @@
 
 from collections.abc import Sequence
 
-from kvmesh.runtime.worker import Service, WorkerParts
+from kvmesh.runtime.role import Service
+from kvmesh.runtime.worker import WorkerParts
+from kvmesh.services.handoff_fetch import HandoffFetch
+from kvmesh.services.handoff_source import HandoffSource
 from kvmesh.services.prefill_compute import PrefillCompute
 from kvmesh.services.prefill_pull import PrefillPull
 from kvmesh.services.prefill_worker import PrefillWorker
+from kvmesh.services.prefix_fetch import PrefixFetch
 from kvmesh.v1 import prefill_worker_pb2, prefill_worker_pb2_grpc, worker_events_pb2
 
 
@@ -14,8 +18,15 @@ class PrefillWork:
 
     def __init__(self, parts: WorkerParts) -> None:
         """Pull from `start` on."""
+        self._fetcher = HandoffFetch(
+            driver=parts.driver, channels=parts.channels, transports=parts.transports, waits=parts.waits
+        )
         self._compute = PrefillCompute(
-            identity=parts.identity, driver=parts.driver, pins=parts.pins, transport=parts.transport
+            driver=parts.driver,
+            source=HandoffSource(
+                identity=parts.identity, driver=parts.driver, pins=parts.pins, transports=parts.transports
+            ),
+            prefixes=PrefixFetch(driver=parts.driver, fetcher=self._fetcher),
         )
         self._servicer = PrefillWorker(self._compute)
         self._pull = PrefillPull(
@@ -25,7 +36,7 @@ class PrefillWork:
             compute=self._compute,
             peers=parts.peers,
             channels=parts.channels,
-            transport=parts.transport,
+            transports=parts.transports,
             waits=parts.waits,
         )
 
@@ -71,3 +82,4 @@ class PrefillWork:
     async def aclose(self) -> None:
         """Stop pulling; what runs is given up."""
         await self._pull.aclose()
+        await self._fetcher.aclose()

@@ -18,6 +18,7 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from kvmesh import telemetry
+from kvmesh.core.waits import Waits
 from kvmesh.runtime import health
 from kvmesh.runtime.health import Health
 from kvmesh.runtime.interceptors import CallInterceptor
@@ -47,10 +48,13 @@ _Servicer = TypeVar("_Servicer")
 class GrpcServer:
     """The gRPC server of one process. Add the services, start it once, then drain and stop it."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, client_write_s: float = Waits().client_write_s) -> None:
+        """`client_write_s` bounds each write of a stream to a client that does not read."""
         self.health = Health()
         """What grpc.health.v1 says; the services of `add` come up with `start`, others may be set by name."""
-        self._calls = CallInterceptor(endless=(health.SERVICE_NAME, reflection.SERVICE_NAME))
+        self._calls = CallInterceptor(
+            endless=(health.SERVICE_NAME, reflection.SERVICE_NAME), client_write_s=client_write_s
+        )
         self._services: dict[str, Callable[[grpc.aio.Server], None]] = {}
         self._ready_at_start: list[str] = [""]
         self._server: grpc.aio.Server | None = None
@@ -99,7 +103,7 @@ class GrpcServer:
         """
         if self._server is not None:
             raise RuntimeError(f"the server was started already, on {self._address}")
-        await _check_free(host, port, flag=flag)
+        await check_free(host, port, flag=flag)
         server = grpc.aio.server(interceptors=(self._calls,), options=SERVER_OPTIONS)
         for add_to in self._services.values():
             add_to(server)
@@ -140,8 +144,11 @@ def _join(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-async def _check_free(host: str, port: int, *, flag: str) -> None:
-    """Bind and let go: gRPC itself tells neither why it could not bind nor that only one address of a name was free."""
+async def check_free(host: str, port: int, *, flag: str) -> None:
+    """Find out whether a port can be listened on; port 0 can. Raises: PortTakenError, OSError.
+
+    Binds and lets go: gRPC itself tells neither why it could not bind nor that only one address of a name was free.
+    """
     try:
         found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except socket.gaierror as exc:

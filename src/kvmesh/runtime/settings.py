@@ -36,6 +36,12 @@ class MeshSettings(Section):
     """Decode workers."""
     prefill: int = Field(default=1, ge=0, le=64)
     """Prefill workers; 0 = aggregated, every prefill is local."""
+    router: Literal["inside", "separate"] = "inside"
+    """Where the router runs: inside the processor's process, or in a process of its own."""
+    processor: Literal["inside", "separate"] = "inside"
+    """Where the processor runs: inside the frontend's process, or in a process of its own."""
+    processes: bool = False
+    """True: `up` runs every role in a process of its own, and brings back those that die."""
     node_names: Annotated[list[str], NoDecode] = []
     """Names that the workers take round robin, decode workers first; empty = NODE1, NODE2, ..., one per worker."""
 
@@ -150,6 +156,55 @@ class GrpcSettings(Section):
     """Port to bind; 0 = any free one."""
 
 
+class DiscoverySettings(Section):
+    """Where the processes of a mesh find each other."""
+
+    store: str = "auto"
+    """memory = within one process; etcd = a child process of `up`; etcd://HOST:PORT[,HOST:PORT] = a cluster;
+    auto = memory, or etcd where `up` runs processes."""
+    ttl_s: int = Field(default=10, ge=2, le=600)
+    """How long a record outlives the last sign of life of its process."""
+
+    @field_validator("store")
+    @classmethod
+    def _refuse_unknown_stores(cls, store: str) -> str:
+        if store in ("auto", "memory", "etcd"):
+            return store
+        scheme, _, rest = store.partition("://")
+        if scheme != "etcd" or not all(_is_endpoint(endpoint) for endpoint in rest.split(",")):
+            raise ValueError(f"{store!r} is none of auto, memory, etcd, etcd://HOST:PORT[,HOST:PORT]")
+        return store
+
+    @property
+    def endpoints(self) -> tuple[str, ...]:
+        """HOST:PORT of each member of a cluster; empty for the other stores."""
+        return tuple(self.store.removeprefix("etcd://").split(",")) if "://" in self.store else ()
+
+
+class ProcessSettings(Section):
+    """One process of `serve`: what only it is, and where others reach it."""
+
+    host: str = "127.0.0.1"
+    """Address to bind, for every role but the frontend, whose doors are `http.*` and `grpc.*`."""
+    port: Port = 0
+    """gRPC port to bind; 0 = any free one."""
+    advertise: str = ""
+    """Host by which others reach this process; "" = the one it binds."""
+    node: str = ""
+    """The node's name in the ids of what runs here; "" = the host's name."""
+    index: int = Field(default=0, ge=0, le=1_000_000)
+    """Number among those of the same role on the same node."""
+    metrics_port: Port = 0
+    """Port of /metrics, for every role but the frontend, which has it at its HTTP door; 0 = any free one."""
+
+    @field_validator("node")
+    @classmethod
+    def _refuse_unusable_node(cls, node: str) -> str:
+        if "/" in node or not (node == "" or node.isprintable()):
+            raise ValueError(f"{node!r} cannot name a node: printable characters, and no '/'")
+        return node
+
+
 class LogSettings(Section):
     """What is logged, and how."""
 
@@ -180,13 +235,16 @@ class Settings(BaseSettings):
     waits: Waits = Waits()
     http: HttpSettings = HttpSettings()
     grpc: GrpcSettings = GrpcSettings()
+    discovery: DiscoverySettings = DiscoverySettings()
+    process: ProcessSettings = ProcessSettings()
     log: LogSettings = LogSettings()
     insecure: bool = False
     """True: hosts other than loopback may be bound without TLS."""
 
     @model_validator(mode="after")
     def _refuse_to_leave_loopback(self) -> "Settings":
-        for key, host in (("http.host", self.http.host), ("grpc.host", self.grpc.host)):
+        doors = (("http.host", self.http.host), ("grpc.host", self.grpc.host), ("process.host", self.process.host))
+        for key, host in doors:
             if not self.insecure and not is_loopback(host):
                 raise ValueError(
                     f"{key} = {host!r} leaves loopback, where anyone could use the mesh: "
@@ -215,6 +273,11 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
+
+
+def _is_endpoint(text: str) -> bool:
+    host, _, port = text.rpartition(":")
+    return host != "" and port.isdecimal() and 0 < int(port) < 65_536  # a port
 
 
 def load_settings(

@@ -8,6 +8,7 @@ the nearest name, in the spelling of that source.
 
 import difflib
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -23,6 +24,13 @@ Tree = TypeVar("Tree", bound=BaseSettings)
 
 DEFAULT = "default"
 FLAG = "flag"
+
+_SERVICE_LINK = re.compile(
+    r"(_[A-Z0-9]+)*_(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|PORT_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
+)
+"""What Kubernetes tells every pod about a Service whose name begins as our variables do, after that beginning."""
+_SERVICE_URL = re.compile(r"(_[A-Z0-9]+)*_PORT=(tcp|udp|sctp)://.*")
+"""The one of them, with its value, that somebody who means a setting may write as well."""
 
 
 class SettingsError(Exception):
@@ -121,7 +129,7 @@ def _env_entries(tree: type[BaseSettings]) -> dict[str, _Entry]:
     names = {
         name.upper().removeprefix(prefix).replace(delimiter, ".").lower(): name
         for name, value in os.environ.items()
-        if name.upper().startswith(prefix) and value
+        if name.upper().startswith(prefix) and value and not _is_service_link(name, value, prefix)
     }
     # Names first, so that a misspelt one is reported even where the reader would skip it.
     entries = {key: _Entry(os.environ[name], f"env {name}", name) for key, name in names.items()}
@@ -139,22 +147,41 @@ def _env_entries(tree: type[BaseSettings]) -> dict[str, _Entry]:
     return entries
 
 
+def _is_service_link(name: str, value: str, prefix: str) -> bool:
+    """Tell whether Kubernetes set this variable, e.g. `KVMESH_PORT=tcp://10.0.0.1:8000` for a Service "kvmesh".
+
+    No setting is written so: between section and name there are two underscores.
+    """
+    rest = name.removeprefix(prefix.rstrip("_"))
+    return bool(_SERVICE_LINK.fullmatch(rest) or _SERVICE_URL.fullmatch(f"{rest}={value}"))
+
+
 def _flag_entries(overrides: Mapping[str, Any]) -> dict[str, _Entry]:
     return {key: _Entry(value, FLAG, key) for key, value in flatten(overrides).items()}
 
 
 def _name_fault(key: str, entry: _Entry, leaves: Mapping[str, FieldInfo | None]) -> str | None:
-    """Return what is wrong with the name of a setting, with the nearest one, or None."""
+    """Return what is wrong with the name of a setting, with a close one or what its section has, or None."""
     is_table = {name for name, info in leaves.items() if info is not None and "dict" in str(info.annotation)}
     if key in leaves or any(key.startswith(f"{table}.") for table in is_table):
         return None
     members = [name for name in leaves if name.startswith(f"{key}.")]
     if members:
         return f"{entry.spelling} ({entry.origin}) is a section, not a setting: it has {', '.join(members)}"
-    nearest = difflib.get_close_matches(key, leaves, n=1, cutoff=0.0)[0]
-    if entry.origin.startswith("env "):
-        nearest = "KVMESH_" + nearest.replace(".", "__").upper()
-    return f"{entry.spelling} ({entry.origin}) is not a setting; the nearest is {nearest}"
+    return f"{entry.spelling} ({entry.origin}) is not a setting; {_hint(key, leaves, origin=entry.origin)}"
+
+
+def _hint(key: str, leaves: Mapping[str, FieldInfo | None], *, origin: str) -> str:
+    known = difflib.get_close_matches(key, leaves, n=1)
+    says = "the nearest is"
+    if not known:
+        known = [name for name in leaves if name.startswith(f"{key.partition('.')[0]}.")]
+        says = "its section has"
+    if not known:
+        return "`kvmesh config show` lists all"
+    if origin.startswith("env "):
+        known = ["KVMESH_" + name.replace(".", "__").upper() for name in known]
+    return f"{says} {', '.join(known)}"
 
 
 def _nest(entries: Mapping[str, _Entry]) -> dict[str, Any]:

@@ -8,9 +8,7 @@ stop:   deregister -> drain -> end the streams -> close the server, then the eng
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
-
-from google.protobuf.descriptor import ServiceDescriptor
+from typing import Any, Protocol
 
 from kvmesh import telemetry
 from kvmesh.core.ids import WorkerId
@@ -18,6 +16,7 @@ from kvmesh.core.roster import WorkerRecord, WorkerRole
 from kvmesh.core.waits import Waits
 from kvmesh.discovery.discovery import Discovery, Registration
 from kvmesh.engines.engine import Engine
+from kvmesh.runtime.role import Listen, Service
 from kvmesh.runtime.server import GrpcServer
 from kvmesh.services.channels import Channels
 from kvmesh.services.engine_driver import EngineDriver
@@ -27,6 +26,7 @@ from kvmesh.services.owned_tasks import OwnedTasks
 from kvmesh.services.peers import Peers
 from kvmesh.services.worker_control import WorkerControl
 from kvmesh.services.worker_events import LoadView, RankView, WorkerEvents
+from kvmesh.services.worker_transports import WorkerTransports
 from kvmesh.transports.transport import Transport
 from kvmesh.v1 import (
     kv_transfer_pb2,
@@ -42,14 +42,6 @@ log = telemetry.logger(__name__)
 
 _STREAMS_END_S = 1.0
 """Grace of the server once the work is done: only watches and exchanges are open then."""
-
-
-class Service(NamedTuple):
-    """What a server serves."""
-
-    servicer: Any
-    descriptor: ServiceDescriptor
-    add_to_server: Callable[[Any, Any], None]
 
 
 class Work(Protocol):
@@ -94,7 +86,7 @@ class WorkerParts:
     pins: LentPins
     peers: Peers
     channels: Channels
-    transport: Transport
+    transports: WorkerTransports
     models: tuple[str, ...]
     waits: Waits
 
@@ -110,15 +102,17 @@ class Worker:
         models: tuple[str, ...],
         namespace: str,
         engine: Engine,
-        transport: Transport,
+        transports: Sequence[Transport],
         discovery: Discovery,
         waits: Waits,
         build: Callable[[WorkerParts], Work],
+        listen: Listen,
     ) -> None:
-        """Own `engine` and `transport` from now on; `build` makes the role's work."""
+        """Own `engine` and `transports`, best first, from now on; `build` makes the role's work."""
         self.identity = WorkerIdentity(worker_id, new_epoch())
         self._role = role
         self._namespace = namespace
+        self._listen = listen
         self._discovery = discovery
         self._waits = waits
         self._is_draining = False
@@ -140,7 +134,7 @@ class Worker:
             pins=LentPins(driver, pin_ttl_s=waits.pin_s),
             peers=Peers(discovery, namespace=namespace),
             channels=channels,
-            transport=transport,
+            transports=WorkerTransports(transports),
             models=models,
             waits=waits,
         )
@@ -149,22 +143,32 @@ class Worker:
         for service in (*self._work.services(), *self._own_services()):
             self._server.add(*service)
 
-    async def start(self, host: str, port: int = 0) -> None:
+    @property
+    def name(self) -> str:
+        """Its id."""
+        return self.identity.worker_id
+
+    @property
+    def address(self) -> str:
+        """HOST:PORT, once started."""
+        return self.identity.address
+
+    async def start(self) -> None:
         """Listen, register, work. Raises: PortTakenError, or what discovery raises; nothing is left running then."""
         try:
-            await self._start(host, port)
+            await self._start()
         except BaseException:
             await self.aclose()
             raise
 
-    async def _start(self, host: str, port: int) -> None:
+    async def _start(self) -> None:
         parts = self._parts
-        bound = await self._server.start(host, port)
-        self.identity.address = f"{host}:{bound}"
+        bound = await self._server.start(self._listen.host, self._listen.port, flag="--port")
+        self.identity.address = self._listen.address(bound)
         parts.driver.start()
         memory = await parts.driver.call(lambda engine: engine.kv_memory())
         if memory is not None:
-            parts.transport.serve(self.identity.agent_name, memory)
+            await parts.transports.serve(self.identity.agent_name, memory)
         parts.peers.start()
         self._registration = await self._discovery.register(self._record())
         self._work.start()
@@ -186,10 +190,8 @@ class Worker:
 
     async def stop(self) -> None:
         """Deregister, drain with the setting's bound, and close everything."""
-        registration, self._registration = self._registration, None
         try:
-            if registration is not None:
-                await registration.stop()
+            await self._deregister()
             self._is_draining = True
             self._server.health.drain()
             await self._empty(self._waits.drain_s)
@@ -200,6 +202,7 @@ class Worker:
     async def aclose(self) -> None:
         """Close everything at once; what runs fails. Idempotent."""
         parts = self._parts
+        await self._deregister()
         await self._tasks.aclose()
         parts.events.close()
         await self._work.aclose()
@@ -207,7 +210,7 @@ class Worker:
         await parts.peers.aclose()
         parts.pins.close()
         await parts.driver.aclose()
-        await asyncio.gather(parts.transport.aclose(), parts.channels.aclose())
+        await asyncio.gather(parts.transports.aclose(), parts.channels.aclose())
 
     async def describe(self) -> worker_control_pb2.GetInfoResponse:
         """Return what the worker is and does."""
@@ -231,6 +234,11 @@ class Worker:
         if info.layout is not None:
             answer.layout.CopyFrom(layout_to_wire(info.layout))
         return answer
+
+    async def _deregister(self) -> None:
+        registration, self._registration = self._registration, None
+        if registration is not None:
+            await registration.stop()
 
     async def _empty(self, timeout_s: float) -> tuple[int, int]:
         """Drain the work, then give those who were handed blocks the time of a transfer to fetch them."""

@@ -8,7 +8,6 @@ Everything it holds (engine slot, blocks, pin, remote task, deadline timer) is g
 
 import asyncio
 from collections.abc import Callable
-from typing import Protocol
 
 from kvmesh import telemetry
 from kvmesh.core.errors import (
@@ -20,106 +19,15 @@ from kvmesh.core.errors import (
     TryElsewhereError,
 )
 from kvmesh.core.ids import AttemptKey
-from kvmesh.engines.engine import EngineRequest, FinishReason, Output
 from kvmesh.services.decode_request import to_engine_request
 from kvmesh.services.engine_driver import EngineDriver
+from kvmesh.services.owned_request import OwnedRequest, Sink
 from kvmesh.services.owned_tasks import OwnedTasks
-from kvmesh.services.remote_prefill import Prepared, RemotePrefill
+from kvmesh.services.remote_prefill import RemotePrefill
 from kvmesh.v1 import decode_worker_pb2, generation_pb2, worker_events_pb2
 from kvmesh.wire.validation import seconds
 
 log = telemetry.logger(__name__)
-
-_FINISH = {
-    FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
-    FinishReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
-}
-
-
-class Sink(Protocol):
-    """Where a request's events go; called on the event loop, in order, and never after its end."""
-
-    def accepted(self, load_sequence: int) -> None:
-        """The worker owns the request."""
-
-    def prefill(self, decision: generation_pb2.PrefillDecision) -> None:
-        """Where the prefill runs."""
-
-    def computed(self, usage: generation_pb2.Usage) -> None:
-        """The prompt's last token is computed; `usage` has the prompt's part."""
-
-    def produced(self, token_ids: tuple[int, ...], words: tuple[str, ...]) -> None:
-        """Some output."""
-
-    def finished(self, finished: generation_pb2.Finished) -> None:
-        """A good end."""
-
-    def failed(self, error: MeshError, *, rejected: bool) -> None:
-        """A bad end; `rejected`: the worker never owned it."""
-
-
-class _Running:
-    """One owned request; the engine driver's listener for it."""
-
-    __slots__ = (
-        "deadline",
-        "deadline_at",
-        "engine_request",
-        "generated",
-        "owner",
-        "prefill_tokens",
-        "prepared",
-        "prompt_tokens",
-        "request",
-        "sink",
-        "task",
-        "usage",
-    )
-
-    def __init__(
-        self,
-        owner: "DecodeRequests",
-        request: decode_worker_pb2.DecodeRequest,
-        engine_request: EngineRequest,
-        prompt_tokens: int,
-        sink: Sink,
-    ) -> None:
-        self.owner = owner
-        self.request = request
-        self.engine_request = engine_request
-        self.sink = sink
-        self.prompt_tokens = prompt_tokens
-        self.prefill_tokens = prompt_tokens
-        """Still to be computed here."""
-        self.generated = 0
-        self.usage = generation_pb2.Usage(prompt_tokens=prompt_tokens)
-        self.prepared: Prepared | None = None
-        self.task: asyncio.Task[None] | None = None
-        self.deadline: asyncio.TimerHandle | None = None
-        self.deadline_at = 0.0
-
-    def output(self, output: Output) -> None:
-        """Hear from the engine."""
-        if output.error is not None:
-            self.owner.fail(self, MeshError(Reason.INTERNAL, output.error))
-            return
-        if output.prefill_done:
-            self.prefill_tokens = 0
-            self.usage.prompt_tokens = output.prompt_tokens
-            if self.prepared is None:
-                self.usage.cached_tokens = output.cached_tokens
-            self.owner.prompt_computed(self)
-        count = len(output.token_ids) or len(output.words)
-        if count:
-            self.generated += count
-            self.sink.produced(output.token_ids, output.words)
-        if output.finish is not None:
-            self.usage.completion_tokens = self.generated
-            self.owner.finish(self, _FINISH[output.finish])
-
-    def failed(self, error: MeshError) -> None:
-        """Hear that the engine refused or lost it."""
-        self.owner.fail(self, error)
 
 
 class DecodeRequests:
@@ -145,7 +53,7 @@ class DecodeRequests:
         self._models = models
         self._remote_prefill = remote_prefill
         self._request_timeout_s = request_timeout_s
-        self._running: dict[AttemptKey, _Running] = {}
+        self._running: dict[AttemptKey, OwnedRequest] = {}
         self._tasks = OwnedTasks()
         self._empty = asyncio.Event()
         self._empty.set()
@@ -178,17 +86,17 @@ class DecodeRequests:
         if running is not None:
             self._end(running)
 
-    def finish(self, running: _Running, reason: generation_pb2.FinishReason.ValueType) -> None:
+    def finish(self, running: OwnedRequest, reason: generation_pb2.FinishReason.ValueType) -> None:
         """End a request well."""
         if self._end(running):
             running.sink.finished(generation_pb2.Finished(reason=reason, usage=running.usage))
 
-    def fail(self, running: _Running, error: MeshError) -> None:
+    def fail(self, running: OwnedRequest, error: MeshError) -> None:
         """End a request badly."""
         if self._end(running):
             running.sink.failed(error, rejected=False)
 
-    def prompt_computed(self, running: _Running) -> None:
+    def prompt_computed(self, running: OwnedRequest) -> None:
         """Note that the prompt's last token is computed: what was pinned for it is now its own."""
         self.counters["cached_tokens"] += running.usage.cached_tokens
         self._unpin(running)
@@ -236,7 +144,7 @@ class DecodeRequests:
         await self.drain(0)
         await self._tasks.aclose()
 
-    def _admit(self, request: decode_worker_pb2.DecodeRequest, sink: Sink) -> _Running:
+    def _admit(self, request: decode_worker_pb2.DecodeRequest, sink: Sink) -> OwnedRequest:
         if self.draining:
             raise TryElsewhereError(Reason.DRAINING, "this worker takes no new requests")
         if request.model and request.model not in self._models:
@@ -246,7 +154,7 @@ class DecodeRequests:
         engine_request, prompt_tokens = to_engine_request(request, self._driver.info)
         if engine_request.key in self._running:
             raise ConflictError(Reason.ALREADY_EXISTS, f"{request.request_id}/{request.attempt} is running")
-        running = _Running(self, request, engine_request, prompt_tokens, sink)
+        running = OwnedRequest(self, request, engine_request, prompt_tokens, sink)
         timeout_s = self._request_timeout_s
         if request.HasField("timeout"):
             timeout_s = min(timeout_s, seconds(request.timeout, path="timeout"))
@@ -255,11 +163,11 @@ class DecodeRequests:
         running.deadline = loop.call_at(running.deadline_at, self._expire, running)
         return running
 
-    def _expire(self, running: _Running) -> None:
+    def _expire(self, running: OwnedRequest) -> None:
         telemetry.WAIT_ENDED.labels(wait="request_s").inc()
         self.fail(running, OutOfTimeError(Reason.DEADLINE, "the request's time is up on the worker"))
 
-    async def _prepare(self, running: _Running) -> None:
+    async def _prepare(self, running: OwnedRequest) -> None:
         """Have the prefill done remotely if that pays, then decode; any trouble on the way means a local prefill."""
         assert self._remote_prefill is not None
         try:
@@ -279,22 +187,17 @@ class DecodeRequests:
         if prepared is None:
             self._run_locally(running, reason=None)
             return
-        running.prepared = prepared
-        running.usage.cached_tokens = prepared.cached_tokens
-        running.usage.remote_prefill_tokens = prepared.remote_tokens
-        running.usage.kv_bytes_moved = prepared.bytes_moved
-        if prepared.pin_id is not None:
-            running.prefill_tokens = running.prompt_tokens - prepared.cached_tokens - prepared.remote_tokens
+        running.use(prepared)
         self.counters["remote_prefills"] += 1
         self.counters["kv_bytes_moved"] += prepared.bytes_moved
         self._driver.submit(running.engine_request, running)
 
-    def _decided(self, running: _Running, decision: generation_pb2.PrefillDecision) -> None:
+    def _decided(self, running: OwnedRequest, decision: generation_pb2.PrefillDecision) -> None:
         running.prefill_tokens = 0 if decision.remote else running.prompt_tokens
         running.sink.prefill(decision)
         self.load_changed()
 
-    def _run_locally(self, running: _Running, *, reason: str | None) -> None:
+    def _run_locally(self, running: OwnedRequest, *, reason: str | None) -> None:
         """`reason`: why, where nobody has said it yet."""
         running.prefill_tokens = running.prompt_tokens
         self.counters["local_prefills"] += 1
@@ -302,7 +205,7 @@ class DecodeRequests:
             running.sink.prefill(generation_pb2.PrefillDecision(remote=False, reason=reason))
         self._driver.submit(running.engine_request, running)
 
-    def _end(self, running: _Running) -> bool:
+    def _end(self, running: OwnedRequest) -> bool:
         """Give back everything a request holds; False if it had ended already."""
         if self._running.pop(running.engine_request.key, None) is None:
             return False
@@ -317,7 +220,7 @@ class DecodeRequests:
         self.load_changed()
         return True
 
-    def _unpin(self, running: _Running) -> None:
+    def _unpin(self, running: OwnedRequest) -> None:
         prepared = running.prepared
         if prepared is not None and prepared.pin_id is not None:
             pin_id, prepared.pin_id = prepared.pin_id, None

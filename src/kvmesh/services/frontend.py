@@ -1,7 +1,7 @@
 """Frontend: the door of the mesh. It reads the call; what is asked is checked and done behind the generator."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
@@ -9,7 +9,7 @@ from kvmesh.core.errors import FixRequestError, MeshError, Reason
 from kvmesh.services.event_responses import response_of
 from kvmesh.v1 import frontend_pb2, frontend_pb2_grpc, generation_pb2
 from kvmesh.wire import validation
-from kvmesh.wire.generation import Delta, Generator
+from kvmesh.wire.generation import Delta, Event, Generator
 
 if TYPE_CHECKING:
     from kvmesh.v1.frontend_pb2_grpc import _ServicerContext as Context
@@ -43,7 +43,7 @@ class Frontend(frontend_pb2_grpc.FrontendServicer):
         self, request: frontend_pb2.GenerateRequest, context: "Context"
     ) -> AsyncIterator[frontend_pb2.GenerateResponse]:
         """See the contract."""
-        async with aclosing(self._generator.generate(request, timeout_s=self._timeout_s(context))) as events:
+        async with aclosing(self._generate(request, context)) as events:
             async for event in events:
                 yield response_of(event, frontend_pb2.GenerateResponse)
 
@@ -61,7 +61,7 @@ class Frontend(frontend_pb2_grpc.FrontendServicer):
         )
         pieces: list[str] = []
         finished = False
-        async with aclosing(self._generator.generate(wanted, timeout_s=self._timeout_s(context))) as events:
+        async with aclosing(self._generate(wanted, context)) as events:
             async for event in events:
                 if isinstance(event, Delta):
                     pieces += event.pieces
@@ -95,9 +95,14 @@ class Frontend(frontend_pb2_grpc.FrontendServicer):
             except TimeoutError:
                 continue
 
-    def _timeout_s(self, context: "Context") -> float:
+    def _generate(self, request: frontend_pb2.GenerateRequest, context: "Context") -> AsyncGenerator[Event, None]:
+        """Run the request under the id that its door minted, so that the reply's headers and the log name it alike."""
         remaining_s = context.time_remaining()
-        return self._request_timeout_s if remaining_s is None else remaining_s
+        return self._generator.generate(
+            request,
+            timeout_s=self._request_timeout_s if remaining_s is None else remaining_s,
+            request_id=getattr(context, "request_id", None),
+        )
 
 
 def _check_text_request(request: frontend_pb2.GenerateTextRequest) -> None:

@@ -1,8 +1,10 @@
-"""Fetches the blocks of a handoff into the decode engine: check, import, pull, release, commit.
+"""Fetches the blocks of a handoff into an engine: check, import, pull, release, commit.
+
+Decode workers fetch what was computed for them, prefill workers the prefix of a task.
 
 Who holds which blocks, and until when:
-    import           decode's new blocks; invisible until `commit_import`, freed by `abort_import`
-    handoff's pin    the prefill worker's blocks; held until KvTransfer.Release, whose OK is the permission to commit
+    import           this engine's new blocks; invisible until `commit_import`, freed by `abort_import`
+    handoff's pin    the other worker's blocks; held until KvTransfer.Release, whose OK is the permission to commit
 
 Whatever fails, or is cancelled, the import is aborted and the handoff's pin is released.
 """
@@ -13,14 +15,14 @@ from dataclasses import dataclass
 import grpc
 
 from kvmesh import telemetry
-from kvmesh.core.errors import ConflictError, MeshError, OutOfTimeError, Reason, TryElsewhereError
+from kvmesh.core.errors import BackOffError, ConflictError, MeshError, OutOfTimeError, Reason, TryElsewhereError
 from kvmesh.core.ids import SequenceHash
 from kvmesh.core.waits import Waits
-from kvmesh.engines.engine import Import
+from kvmesh.engines.engine import Engine, Import
 from kvmesh.services.channels import Channels
 from kvmesh.services.engine_driver import EngineDriver
 from kvmesh.services.owned_tasks import OwnedTasks
-from kvmesh.transports.transport import Transport
+from kvmesh.services.worker_transports import WorkerTransports
 from kvmesh.v1 import generation_pb2, kv_transfer_pb2, kv_transfer_pb2_grpc
 from kvmesh.wire.error_catalog import from_rpc_error
 from kvmesh.wire.layout import layout_to_wire
@@ -40,13 +42,13 @@ class Fetched:
 
 
 class HandoffFetch:
-    """Fetches handoffs for one decode engine."""
+    """Fetches handoffs for one engine."""
 
-    def __init__(self, *, driver: EngineDriver, channels: Channels, transport: Transport, waits: Waits) -> None:
-        """Import into `driver`'s engine what `transport` pulls."""
+    def __init__(self, *, driver: EngineDriver, channels: Channels, transports: WorkerTransports, waits: Waits) -> None:
+        """Import into `driver`'s engine what one of `transports` pulls."""
         self._driver = driver
         self._channels = channels
-        self._transport = transport
+        self._transports = transports
         self._waits = waits
         self._tasks = OwnedTasks()
         self._giving_up: set[asyncio.Task[None]] = set()
@@ -64,32 +66,33 @@ class HandoffFetch:
         first_block: int,
         hashes: tuple[SequenceHash, ...],
         local_hashes: tuple[int, ...],
+        spare_blocks: int = 0,
     ) -> Fetched:
         """Fetch the blocks `first_block` and on of the sequence `hashes`; the caller holds a pin of those before.
+
+        The handoff may begin with earlier blocks and ends with the sequence. `spare_blocks` are left to be had: those
+        that the request behind it still needs.
 
         Raises: MeshError; nothing is left held then.
         """
         try:
             self._check(handoff, first_block, hashes)
             wanted = await self._driver.acquire(
-                lambda engine: engine.begin_import(hashes, first_block=first_block),
+                lambda engine: _begin_import(engine, hashes, first_block=first_block, spare_blocks=spare_blocks),
                 undo=lambda engine, begun: engine.abort_import(begun.import_id),
             )
             return await self._move(handoff, wanted, hashes, local_hashes)
         except BaseException:
-            self._give_up(handoff)
+            self.give_up(handoff)
             raise
 
     def _check(self, handoff: generation_pb2.KvHandoff, first_block: int, hashes: tuple[SequenceHash, ...]) -> None:
         if self._driver.info.layout is None or handoff.layout != layout_to_wire(self._driver.info.layout):
             raise ConflictError(Reason.LAYOUT_MISMATCH, f"{handoff.worker_id} hands over blocks of another layout")
-        if handoff.transport != self._transport.name:
-            raise ConflictError(
-                Reason.LAYOUT_MISMATCH, f"{handoff.worker_id} serves {handoff.transport}, not {self._transport.name}"
-            )
+        self._transports.get(handoff.transport)
         if (
-            handoff.first_block != first_block
-            or tuple(handoff.block_hashes) != hashes[first_block:]
+            handoff.first_block > first_block
+            or tuple(handoff.block_hashes) != hashes[handoff.first_block :]
             or len(handoff.blocks.source_block_ids) != len(handoff.block_hashes)
         ):
             raise TryElsewhereError(
@@ -117,6 +120,7 @@ class HandoffFetch:
         return Fetched(pin_id=pin.pin_id, bytes_moved=moved)
 
     async def _pull(self, handoff: generation_pb2.KvHandoff, wanted: Import) -> int:
+        transport = self._transports.get(handoff.transport)
         memory = await self._driver.call(lambda engine: engine.kv_memory())
         if memory is None:
             raise ConflictError(Reason.LAYOUT_MISMATCH, "this engine has no KV memory")
@@ -124,19 +128,19 @@ class HandoffFetch:
         bound_s = self._waits.kv_transfer_s + size_bytes / _TRANSFER_BYTES_PER_S
         try:
             async with asyncio.timeout(bound_s):
-                moved = await self._transport.pull(
+                moved = await transport.pull(
                     handoff.agent_name,
-                    source_block_ids=handoff.blocks.source_block_ids,
+                    source_block_ids=handoff.blocks.source_block_ids[wanted.first_block - handoff.first_block :],
                     target=memory,
                     target_block_ids=wanted.block_ids,
                 )
         except TimeoutError as exc:
             telemetry.WAIT_ENDED.labels(wait="kv_transfer_s").inc()
             raise OutOfTimeError(Reason.KV_TRANSFER_FAILED, f"not moved within {bound_s:.1f} s") from exc
-        telemetry.KV_BYTES_MOVED.labels(transport=self._transport.name).inc(moved)
+        telemetry.KV_BYTES_MOVED.labels(transport=transport.name).inc(moved)
         return moved
 
-    def _give_up(self, handoff: generation_pb2.KvHandoff) -> None:
+    def give_up(self, handoff: generation_pb2.KvHandoff) -> None:
         """Release without anybody waiting for it: the source would else hold its blocks until their pin ends."""
         if handoff.pin_id:
             task = self._tasks.start(self._release_quietly(handoff), name="release-handoff")
@@ -158,3 +162,14 @@ class HandoffFetch:
             await stub.Release(release, timeout=self._waits.connect_s)
         except grpc.aio.AioRpcError as exc:
             raise from_rpc_error(exc) from exc
+
+
+def _begin_import(engine: Engine, hashes: tuple[SequenceHash, ...], *, first_block: int, spare_blocks: int) -> Import:
+    """Begin an import, unless it would leave less than `spare_blocks`. Raises: BackOffError(OVERLOADED)."""
+    load = engine.load()
+    available = load.total_blocks - load.active_blocks - (len(hashes) - first_block)
+    if spare_blocks and available < spare_blocks:
+        raise BackOffError(
+            Reason.OVERLOADED, f"{spare_blocks} blocks wanted beside the import, {max(available, 0)} to be had"
+        )
+    return engine.begin_import(hashes, first_block=first_block)

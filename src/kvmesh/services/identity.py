@@ -17,7 +17,7 @@ class WorkerIdentity:
 
     @property
     def agent_name(self) -> str:
-        """Transports' name of its memory: unique per epoch, so that a restarted worker is not its predecessor."""
+        """Of what transports make public names: unique per epoch, so that a restarted worker is not its predecessor."""
         return f"{self.worker_id}@{self.epoch}"
 
 

@@ -46,9 +46,10 @@ class Peers:
         """Return where a router is served, or None while none is known."""
         return self._address(WorkerRole.ROUTER)
 
-    def processor_address(self) -> str | None:
-        """Return where a processor is served, or None while none is known."""
-        return self._address(WorkerRole.PROCESSOR)
+    def processor_addresses(self) -> tuple[str, ...]:
+        """Return where processors are served that take new requests, by their ids."""
+        records = self.roster.records(WorkerRole.PROCESSOR)
+        return tuple(record.address for record in records if not record.draining)
 
     async def changed(self) -> None:
         """Wait for the next change of the roster."""

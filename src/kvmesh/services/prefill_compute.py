@@ -6,15 +6,13 @@ from dataclasses import replace
 from kvmesh.core.errors import ConflictError, FixRequestError, MeshError, Reason, TryElsewhereError
 from kvmesh.core.hashing import max_overlap_blocks
 from kvmesh.core.ids import AttemptKey, RequestId
-from kvmesh.engines.engine import Output, Pin
+from kvmesh.engines.engine import EngineRequest, Output, Pin
 from kvmesh.services.decode_request import to_prefill_request
 from kvmesh.services.engine_driver import EngineDriver
-from kvmesh.services.identity import WorkerIdentity
-from kvmesh.services.kv_transfer import LentPins
-from kvmesh.transports.transport import Transport
-from kvmesh.v1 import generation_pb2, prefill_queue_pb2
+from kvmesh.services.handoff_source import HandoffSource
+from kvmesh.services.prefix_fetch import PrefixFetch
+from kvmesh.v1 import prefill_queue_pb2
 from kvmesh.wire.layout import layout_to_wire
-from kvmesh.wire.validation import duration
 
 
 class _Outcome:
@@ -37,13 +35,14 @@ class _Outcome:
 class PrefillCompute:
     """Turns tasks into handoffs; several run at once, batched by the engine."""
 
-    def __init__(self, *, identity: WorkerIdentity, driver: EngineDriver, pins: LentPins, transport: Transport) -> None:
-        """Compute on `driver`'s engine; the blocks are lent through `pins` and served by `transport`."""
-        self.counters = {"tasks": 0, "computed_tokens": 0, "cached_tokens": 0, "bytes_handed_over": 0}
-        self._identity = identity
+    def __init__(self, *, driver: EngineDriver, source: HandoffSource, prefixes: PrefixFetch) -> None:
+        """Compute on `driver`'s engine what neither it nor the task's prefix has; `source` lends the blocks."""
+        self.counters = {
+            "tasks": 0, "computed_tokens": 0, "cached_tokens": 0, "prefix_tokens": 0, "bytes_handed_over": 0,
+        }  # fmt: skip
         self._driver = driver
-        self._pins = pins
-        self._transport = transport
+        self._source = source
+        self._prefixes = prefixes
         self._computations = 0
 
     async def compute(self, task: prefill_queue_pb2.PrefillTask) -> prefill_queue_pb2.TaskCompleted:
@@ -59,67 +58,68 @@ class PrefillCompute:
         # that was restarted counts its leases from 1 again.
         self._computations += 1
         key = AttemptKey(RequestId(f"{task.request_id}/{task.attempt}"), self._computations)
-        outcome = _Outcome()
-        self._driver.submit(replace(request, key=key), outcome)
+        request = replace(request, key=key)
+        prefix = None
+        if layout is not None and task.HasField("prefix"):
+            prefix = await self._prefixes.fetch(task.prefix, request, prompt_tokens=prompt_tokens)
+        pulled_tokens = 0 if prefix is None else prefix.tokens
         try:
-            # Shielded: a cancelled waiter must not cancel the future, or an output that arrives before the waiter
-            # runs again would be dropped, and its pin with it.
-            output = await asyncio.shield(outcome.done)
-        except asyncio.CancelledError:
-            self._abandon(key, outcome)
-            raise
-        return self._hand_over(task, output, prompt_tokens)
+            output = await self._run(replace(request, imported_tokens=pulled_tokens))
+        finally:
+            if prefix is not None:
+                self._unpin(prefix.pin_id)
+        return self._hand_over(task, output, prompt_tokens=prompt_tokens, prefix_tokens=pulled_tokens)
 
     def give_back(self, result: prefill_queue_pb2.TaskCompleted) -> None:
         """Free the blocks of a result that nobody will fetch."""
-        if result.handoff.pin_id:
-            self._pins.take_back(result.handoff.pin_id)
+        self._source.take_back(result.handoff)
+
+    async def _run(self, request: EngineRequest) -> Output:
+        outcome = _Outcome()
+        self._driver.submit(request, outcome)
+        try:
+            # Shielded: a cancelled waiter must not cancel the future, or an output that arrives before the waiter
+            # runs again would be dropped, and its pin with it.
+            return await asyncio.shield(outcome.done)
+        except asyncio.CancelledError:
+            self._abandon(request.key, outcome)
+            raise
 
     def _abandon(self, key: AttemptKey, outcome: _Outcome) -> None:
         """The waiter is gone: stop the work, or free what had just been finished."""
         if outcome.done.done() and outcome.done.exception() is None:
-            self._unpin(outcome.done.result().pin)
+            self._free(outcome.done.result().pin)
         self._driver.cancel(key)
 
     def _hand_over(
-        self, task: prefill_queue_pb2.PrefillTask, output: Output, prompt_tokens: int
+        self, task: prefill_queue_pb2.PrefillTask, output: Output, *, prompt_tokens: int, prefix_tokens: int
     ) -> prefill_queue_pb2.TaskCompleted:
         info, pin = self._driver.info, output.pin
+        last_block = max_overlap_blocks(prompt_tokens, info.block_size) if info.layout is not None else 0
+        in_blocks = prompt_tokens if info.layout is None else last_block * info.block_size  # no more is computed
         result = prefill_queue_pb2.TaskCompleted(
-            computed_tokens=prompt_tokens - output.cached_tokens, cached_tokens=output.cached_tokens
+            computed_tokens=in_blocks - output.cached_tokens - prefix_tokens,
+            cached_tokens=output.cached_tokens,
+            prefix_tokens=prefix_tokens,
         )
         self.counters["tasks"] += 1
         self.counters["computed_tokens"] += result.computed_tokens
         self.counters["cached_tokens"] += result.cached_tokens
-        handoff = result.handoff
-        handoff.worker_id, handoff.epoch, handoff.address = (
-            self._identity.worker_id, self._identity.epoch, self._identity.address,
-        )  # fmt: skip
+        self.counters["prefix_tokens"] += result.prefix_tokens
         if info.layout is None or pin is None or not pin.block_ids:
-            self._unpin(pin)
+            self._free(pin)
+            result.handoff.CopyFrom(self._source.empty())
             return result
-        last_block = max_overlap_blocks(prompt_tokens, info.block_size)
         if len(pin.block_ids) != last_block or task.first_block > last_block:
-            self._unpin(pin)
+            self._free(pin)
             raise FixRequestError(Reason.PREFILL_FAILED, f"first_block {task.first_block} of {last_block}")
-        self._describe(handoff, pin, first_block=task.first_block)
-        self._pins.lend(pin)
-        self.counters["bytes_handed_over"] += handoff.bytes_total
+        result.handoff.CopyFrom(self._source.lend(pin, first_block=task.first_block, reaches=task.transports))
+        self.counters["bytes_handed_over"] += result.handoff.bytes_total
         return result
 
-    def _describe(self, handoff: generation_pb2.KvHandoff, pin: Pin, *, first_block: int) -> None:
-        layout = self._driver.info.layout
-        assert layout is not None
-        handoff.transport = self._transport.name
-        handoff.agent_name = self._identity.agent_name
-        handoff.layout.CopyFrom(layout_to_wire(layout))
-        handoff.first_block = first_block
-        handoff.block_hashes.extend(pin.block_hashes[first_block:])
-        handoff.blocks.source_block_ids.extend(pin.block_ids[first_block:])
-        handoff.bytes_total = len(handoff.block_hashes) * layout.bytes_per_block
-        handoff.pin_id = pin.pin_id
-        handoff.pin_ttl.CopyFrom(duration(self._pins.pin_ttl_s))
-
-    def _unpin(self, pin: Pin | None) -> None:
+    def _free(self, pin: Pin | None) -> None:
         if pin is not None:
-            self._driver.post(lambda engine: engine.unpin(pin.pin_id))
+            self._unpin(pin.pin_id)
+
+    def _unpin(self, pin_id: int) -> None:
+        self._driver.post(lambda engine: engine.unpin(pin_id))

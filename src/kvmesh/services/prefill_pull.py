@@ -16,7 +16,7 @@ from kvmesh.services.identity import WorkerIdentity
 from kvmesh.services.owned_tasks import OwnedTasks
 from kvmesh.services.peers import Peers
 from kvmesh.services.prefill_compute import PrefillCompute
-from kvmesh.transports.transport import Transport
+from kvmesh.services.worker_transports import WorkerTransports
 from kvmesh.v1 import prefill_queue_pb2, prefill_queue_pb2_grpc
 from kvmesh.wire.error_catalog import from_rpc_error, to_status
 from kvmesh.wire.layout import layout_to_wire
@@ -47,7 +47,7 @@ class PrefillPull:
         compute: PrefillCompute,
         peers: Peers,
         channels: Channels,
-        transport: Transport,
+        transports: WorkerTransports,
         waits: Waits,
     ) -> None:
         """Pull for `identity`, from `start` on."""
@@ -58,7 +58,7 @@ class PrefillPull:
         self._compute = compute
         self._peers = peers
         self._channels = channels
-        self._transport = transport
+        self._transports = transports
         self._waits = waits
         self._loop_tasks = OwnedTasks()
         self._work = OwnedTasks()
@@ -116,7 +116,7 @@ class PrefillPull:
             worker_id=self._identity.worker_id,
             epoch=self._identity.epoch,
             models=self._models,
-            transports=[self._transport.name],
+            transports=self._transports.served_reaches,
         )
         if self._driver.info.layout is not None:
             attach.layout.CopyFrom(layout_to_wire(self._driver.info.layout))

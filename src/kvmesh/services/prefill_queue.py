@@ -6,7 +6,6 @@ so a caller that is gone never leaves with a lease.
 """
 
 import asyncio
-import contextvars
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -17,11 +16,13 @@ import uuid_utils
 
 from kvmesh import telemetry
 from kvmesh.core.errors import Reason, TryElsewhereError
-from kvmesh.core.ids import AttemptKey, Epoch, LeaseId, SequenceHash, WorkerId
+from kvmesh.core.ids import AttemptKey, Epoch, LeaseId, WorkerId
 from kvmesh.core.lease_effects import Effect, TaskBackedOff, TaskDead, TaskQueued
 from kvmesh.core.lease_limits import QueueLimits
 from kvmesh.core.lease_queue import LeaseQueue
 from kvmesh.core.lease_task import Grant, TaskState
+from kvmesh.services.deadline_timer import DeadlineTimer
+from kvmesh.services.queue_affinity import CachedBlocks, QueueAffinity
 from kvmesh.services.queue_streams import Notices, Progress, QueueStreams
 from kvmesh.services.waiting_leases import WaitingLeases
 from kvmesh.v1 import frontend_pb2, prefill_queue_pb2, prefill_queue_pb2_grpc
@@ -45,9 +46,6 @@ log = telemetry.logger(__name__)
 MAX_LEASE_WAIT_S = 30.0
 _DEFAULT_DEAD_LISTED = 100
 
-CachedBlocks = Callable[[WorkerId, tuple[SequenceHash, ...]], int]
-"""Leading blocks of a sequence that a prefill worker holds."""
-
 
 def new_lease_id() -> LeaseId:
     """Return an id that no queue ever gave before."""
@@ -67,14 +65,12 @@ class PrefillQueue(prefill_queue_pb2_grpc.PrefillQueueServicer):
         """Without `cached_blocks` there is no affinity: tasks go in order to whoever asks."""
         self._limits = limits or QueueLimits()
         self._core = LeaseQueue(self._limits, new_lease_id=new_lease_id)
-        self._cached_blocks = cached_blocks
+        self._affinity = QueueAffinity(cached_blocks)
         self._streams = QueueStreams()
         self._waiting = WaitingLeases()
         self._dead: deque[prefill_queue_pb2.DeadTask] = deque(maxlen=self._limits.dead_kept)
         """Newest first."""
-        self._timer: asyncio.TimerHandle | None = None
-        self._due: float | None = None
-        """When the timer fires."""
+        self._timer = DeadlineTimer(self._tick)
         self._draining = False
         self._closed = False
         self._none_leased = asyncio.Event()
@@ -114,7 +110,7 @@ class PrefillQueue(prefill_queue_pb2_grpc.PrefillQueueServicer):
         self._draining = self._closed = True
         self._streams.end_all(_draining())
         self._waiting.wake()
-        self._set_timer()
+        self._timer.set(None)
 
     # The submitters' side.
 
@@ -227,14 +223,13 @@ class PrefillQueue(prefill_queue_pb2_grpc.PrefillQueueServicer):
     def _lease(self, worker_id: WorkerId, epoch: Epoch, request: prefill_queue_pb2.LeaseRequest) -> list[Grant]:
         if self._closed:
             raise _draining()
-        cached_blocks = self._cached_blocks
         with self._moment() as now:
             return self._core.lease(
                 worker_id,
                 epoch,
                 max_tasks=request.max_tasks,
                 max_tokens=request.max_tokens or None,
-                holds=None if cached_blocks is None else lambda hashes: cached_blocks(worker_id, hashes),
+                holds=self._affinity.held_by(worker_id),
                 now=now,
             )
 
@@ -274,17 +269,9 @@ class PrefillQueue(prefill_queue_pb2_grpc.PrefillQueueServicer):
             elif isinstance(effect, TaskQueued):
                 queued.append(effect.key)
         if queued:
-            self._waiting.wake(self._preference(queued))
+            self._waiting.wake(self._affinity.ranking([self._streams.block_hashes(key) for key in queued]))
         self._count()
-        self._set_timer()
-
-    def _preference(self, queued: list[AttemptKey]) -> Callable[[WorkerId], int] | None:
-        """Rank the waiting workers by how much they hold of a new task: they ask first, and it is theirs."""
-        cached_blocks = self._cached_blocks
-        if cached_blocks is None:
-            return None
-        prompts = [self._streams.block_hashes(key) for key in queued]
-        return lambda worker_id: max(cached_blocks(worker_id, hashes) for hashes in prompts)
+        self._timer.set(None if self._closed else self._core.next_wakeup())
 
     def _count(self) -> None:
         stats = self._core.stats()
@@ -295,21 +282,7 @@ class PrefillQueue(prefill_queue_pb2_grpc.PrefillQueueServicer):
         else:
             self._none_leased.set()
 
-    def _set_timer(self) -> None:
-        """Have `_tick` run at the core's next deadline, and at no other time."""
-        due = None if self._closed else self._core.next_wakeup()
-        if due == self._due:
-            return
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer, self._due = None, due
-        if due is not None:
-            loop = asyncio.get_running_loop()
-            # A context of its own: the log lines of a deadline do not belong to the call that happened to set it.
-            self._timer = loop.call_at(due, self._tick, context=contextvars.Context())
-
     def _tick(self) -> None:
-        self._timer = self._due = None
         self._deliver(self._core.tick(asyncio.get_running_loop().time()))
 
     def _refuse_when_draining(self) -> None:

@@ -24,6 +24,7 @@ from kvmesh.services.prompts import TEXT, TOKENS, accepted_forms, prepare_prompt
 from kvmesh.services.request_totals import RequestTotals
 from kvmesh.services.routing_port import Booking, RoutingPort
 from kvmesh.services.running_request import Resolved, RunningRequest
+from kvmesh.services.served_models import context_tokens, served_models
 from kvmesh.tokenizing.tokenizer import Tokenizer
 from kvmesh.v1 import frontend_pb2
 from kvmesh.wire.generation import Delta, Event
@@ -92,14 +93,7 @@ class Processor:
 
     def models(self) -> frontend_pb2.ListModelsResponse:
         """List the models of the live decode workers, sorted by name."""
-        found: dict[str, frontend_pb2.Model] = {}
-        for record in self._peers.roster.records(WorkerRole.DECODE):
-            context = _context_tokens(record)
-            for name in record.models:
-                model = found.setdefault(name, frontend_pb2.Model(name=name, max_context_tokens=context))
-                model.workers += 1
-                model.max_context_tokens = min(model.max_context_tokens, context)
-        return frontend_pb2.ListModelsResponse(models=[found[name] for name in sorted(found)])
+        return served_models(self._peers.roster)
 
     async def generate(
         self, request: frontend_pb2.GenerateRequest, *, timeout_s: float | None = None, request_id: str | None = None
@@ -182,7 +176,7 @@ class Processor:
         sampling = resolve_sampling(
             run.request.sampling,
             prompt_tokens=prompt.prompt_tokens,
-            max_context_tokens=min(map(_context_tokens, workers), default=0),
+            max_context_tokens=min(map(context_tokens, workers), default=0),
         )
         run.resolved = Resolved(model, prompt, sampling)
         detokenizer = None
@@ -323,8 +317,3 @@ class Processor:
             self._idle.set()
         telemetry.REQUESTS_RUNNING.dec()
         self.totals.end(outcome)
-
-
-def _context_tokens(record: WorkerRecord) -> int:
-    """Return the longest context of a worker in tokens; 0 = it does not say."""
-    return int(record.metadata.get("max_context_tokens", 0))

@@ -5,7 +5,8 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from kvmesh.services.event_responses import response_of
+from kvmesh.services.event_responses import processor_response_of
+from kvmesh.services.request_totals import RequestTotals
 from kvmesh.v1 import processor_pb2, processor_pb2_grpc
 from kvmesh.wire import validation
 from kvmesh.wire.generation import Generator
@@ -19,9 +20,10 @@ _UUID_VERSION = 7
 class Processor(processor_pb2_grpc.ProcessorServicer):
     """Serves frontends; the request's id is theirs."""
 
-    def __init__(self, generator: Generator) -> None:
-        """Serve `generator`; a caller without a deadline gets the generator's own."""
+    def __init__(self, generator: Generator, *, totals: RequestTotals) -> None:
+        """Serve `generator`, whose counts are `totals`; a caller without a deadline gets the generator's own."""
         self._generator = generator
+        self._totals = totals
 
     async def Generate(
         self, request: processor_pb2.ProcessorGenerateRequest, context: "Context"
@@ -32,7 +34,13 @@ class Processor(processor_pb2_grpc.ProcessorServicer):
         )
         async with aclosing(events):
             async for event in events:
-                yield response_of(event, processor_pb2.ProcessorGenerateResponse)
+                yield processor_response_of(event)
+
+    async def GetTotals(
+        self, request: processor_pb2.GetTotalsRequest, context: "Context"
+    ) -> processor_pb2.GetTotalsResponse:
+        """See the contract."""
+        return processor_pb2.GetTotalsResponse(counters=self._totals.to_proto())
 
 
 def _request_id(request: processor_pb2.ProcessorGenerateRequest) -> str:

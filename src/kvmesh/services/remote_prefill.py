@@ -2,6 +2,7 @@
 
 Who holds which blocks, and until when:
     pinned prefix    decode's own blocks [0, cached); pinned before the decision, held until the whole is committed
+    lent prefix      the same blocks, lent to the prefill worker that computes the rest; ends with the wait for it
     import           decode's new blocks [cached, cap); see `handoff_fetch`
     prepared pin     decode's blocks [0, cap); held until the engine has computed the rest of the prompt
 """
@@ -10,27 +11,20 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import grpc
-
 from kvmesh import telemetry
-from kvmesh.core.errors import MeshError, OutOfTimeError, Reason, TryElsewhereError
+from kvmesh.core.errors import ConflictError, MeshError, Reason, TryElsewhereError
 from kvmesh.core.hashing import max_overlap_blocks
-from kvmesh.core.remote_prefill import RemotePrefillDecision, RemotePrefillRules, decide
+from kvmesh.core.remote_prefill import RemotePrefillDecision, RemotePrefillReason, RemotePrefillRules, decide
 from kvmesh.core.waits import Waits
 from kvmesh.engines.engine import EngineRequest, Pin
 from kvmesh.services.channels import Channels
 from kvmesh.services.engine_driver import EngineDriver
 from kvmesh.services.handoff_fetch import HandoffFetch
-from kvmesh.services.identity import WorkerIdentity
+from kvmesh.services.handoff_source import HandoffSource
 from kvmesh.services.peers import Peers
-from kvmesh.transports.transport import Transport
-from kvmesh.v1 import (
-    decode_worker_pb2,
-    generation_pb2,
-    prefill_queue_pb2,
-    prefill_queue_pb2_grpc,
-)
-from kvmesh.wire.error_catalog import from_rpc_error
+from kvmesh.services.prefill_submissions import PrefillSubmissions
+from kvmesh.services.worker_transports import WorkerTransports
+from kvmesh.v1 import decode_worker_pb2, generation_pb2, prefill_queue_pb2
 from kvmesh.wire.layout import layout_to_wire
 from kvmesh.wire.validation import duration
 
@@ -38,8 +32,6 @@ log = telemetry.logger(__name__)
 
 _PREFILL_SHARE = 0.25
 """A remote prefill may take this share of what remains of a request's time."""
-_CALL_MARGIN_S = 1.0
-"""The deadline of the call lies this much behind the wait, so that it is the wait that ends and is counted."""
 
 
 @dataclass(slots=True)
@@ -51,7 +43,9 @@ class Prepared:
     cached_tokens: int
     """What decode held before."""
     remote_tokens: int
+    """What a prefill worker handed over."""
     bytes_moved: int
+    """To the prefill worker and back."""
 
 
 class RemotePrefill:
@@ -60,34 +54,35 @@ class RemotePrefill:
     def __init__(
         self,
         *,
-        identity: WorkerIdentity,
         driver: EngineDriver,
         peers: Peers,
         channels: Channels,
-        transport: Transport,
+        transports: WorkerTransports,
+        source: HandoffSource,
         rules: RemotePrefillRules,
         waits: Waits,
         required: bool,
     ) -> None:
-        """`required`: a failed remote prefill fails the request instead of falling back to a local one."""
-        self._identity = identity
+        """`source` lends this worker's blocks. `required`: where the rules say remote, local is no way out."""
         self._driver = driver
         self._peers = peers
-        self._channels = channels
-        self._transport = transport
+        self._transports = transports
+        self._source = source
         self._rules = rules
         self._waits = waits
         self._required = required
         self._queue_depth = 0
-        self._fetcher = HandoffFetch(driver=driver, channels=channels, transport=transport, waits=waits)
+        self._fetcher = HandoffFetch(driver=driver, channels=channels, transports=transports, waits=waits)
+        self._submissions = PrefillSubmissions(channels=channels, waits=waits, give_back=self._fetcher.give_up)
 
     async def aclose(self) -> None:
         """Give back what others hold for this worker."""
+        await self._submissions.aclose()
         await self._fetcher.aclose()
 
     def is_possible(self, model: str) -> bool:
-        """Tell whether any prefill worker that could serve `model` is known; if not, no question need be asked."""
-        return self._peers.prefill_workers(model) > 0
+        """Tell whether a prefill of `model` may end up elsewhere; if not, no question need be asked."""
+        return self._required or self._peers.prefill_workers(model) > 0
 
     async def prepare(
         self,
@@ -113,12 +108,15 @@ class RemotePrefill:
             cached_tokens = len(pin.block_ids) * block_size
             if self._driver.info.layout is not None and len(pin.block_ids) == len(hashes):
                 cached_tokens = prompt_tokens  # no full block is left to move: only full blocks do
-            decision = self._decide(request, prompt_tokens=prompt_tokens, cached_tokens=cached_tokens)
-            on_decision(self._note(decision.is_remote, decision.reason.name.lower()))
-            if not decision.is_remote:
-                return None
+            decision = self._decide(request.model, prompt_tokens=prompt_tokens, cached_tokens=cached_tokens)
             try:
-                return await self._fetch(request, engine_request, pin, prompt_tokens, deadline_at)
+                if decision.reason is RemotePrefillReason.NO_CAPABLE_WORKER and self._required:
+                    await self._wait_for_worker(request.model, wait_s=self._wait_s(deadline_at))
+                    decision = self._decide(request.model, prompt_tokens=prompt_tokens, cached_tokens=cached_tokens)
+                on_decision(self._note(decision.is_remote, decision.reason.name.lower()))
+                if not decision.is_remote:
+                    return None
+                return await self._fetch(request, engine_request, pin, prompt_tokens, self._wait_s(deadline_at))
             except MeshError as error:
                 self._fall_back(request, error)
                 on_decision(self._note(False, f"fallback_{error.reason.value.lower()}"))
@@ -126,16 +124,32 @@ class RemotePrefill:
         finally:
             self._driver.post(lambda engine: engine.unpin(pin.pin_id))
 
-    def _decide(
-        self, request: decode_worker_pb2.DecodeRequest, *, prompt_tokens: int, cached_tokens: int
-    ) -> RemotePrefillDecision:
+    def _decide(self, model: str, *, prompt_tokens: int, cached_tokens: int) -> RemotePrefillDecision:
         return decide(
             self._rules,
             prompt_tokens=prompt_tokens,
             cached_tokens=cached_tokens,
             queue_depth=self._queue_depth,
-            capable_workers=self._peers.prefill_workers(request.model),
+            capable_workers=self._peers.prefill_workers(model),
         )
+
+    async def _wait_for_worker(self, model: str, *, wait_s: float) -> None:
+        """Wait for a prefill worker to come. Raises: TryElsewhereError(PREFILL_FAILED) when none has after `wait_s`."""
+        try:
+            async with asyncio.timeout(wait_s):
+                while not self._peers.prefill_workers(model):
+                    await self._peers.changed()
+        except TimeoutError as exc:
+            telemetry.WAIT_ENDED.labels(wait="prefill_s").inc()
+            raise TryElsewhereError(
+                Reason.PREFILL_FAILED,
+                f"no prefill worker for {model or 'any model'} came within {wait_s:.1f} s: start one, or unset "
+                "remote_prefill.required",
+            ) from exc
+
+    def _wait_s(self, deadline_at: float) -> float:
+        remaining_s = max(deadline_at - asyncio.get_running_loop().time(), 0.0)
+        return min(self._waits.prefill_s, remaining_s * _PREFILL_SHARE)
 
     def _note(self, remote: bool, reason: str) -> generation_pb2.PrefillDecision:
         telemetry.PREFILL_DECISIONS.labels(remote=str(remote).lower(), reason=reason).inc()
@@ -157,32 +171,50 @@ class RemotePrefill:
         engine_request: EngineRequest,
         pin: Pin,
         prompt_tokens: int,
-        deadline_at: float,
+        wait_s: float,
     ) -> Prepared:
+        """Submit the task and fetch what comes of it; `pin` holds what is here already."""
         first_block = len(pin.block_ids)
-        hashes = engine_request.block_hashes[: max_overlap_blocks(prompt_tokens, self._driver.info.block_size)]
-        remaining_s = deadline_at - asyncio.get_running_loop().time()
-        wait_s = min(self._waits.prefill_s, max(remaining_s, 0.0) * _PREFILL_SHARE)
         task = self._task(request, engine_request, prompt_tokens, first_block, wait_s)
-        try:
-            async with asyncio.timeout(wait_s):
-                completed = await self._submit(task, wait_s)
-        except TimeoutError as exc:
-            telemetry.WAIT_ENDED.labels(wait="prefill_s").inc()
-            raise OutOfTimeError(Reason.PREFILL_FAILED, f"no prefill within {wait_s:.1f} s") from exc
-        handoff = completed.handoff
-        block_size = self._driver.info.block_size
-        if self._driver.info.layout is None and handoff.WhichOneof("content") is None:
+        completed = await self._compute_elsewhere(task, pin, wait_s)
+        info, handoff = self._driver.info, completed.handoff
+        if info.layout is None and handoff.WhichOneof("content") is None:
             return Prepared(pin_id=None, cached_tokens=0, remote_tokens=completed.computed_tokens, bytes_moved=0)
+        hashes = engine_request.block_hashes[: max_overlap_blocks(prompt_tokens, info.block_size)]
         fetched = await self._fetcher.fetch(
             handoff, first_block=first_block, hashes=hashes, local_hashes=engine_request.local_hashes[: len(hashes)]
         )
+        prefix_blocks = min(completed.prefix_tokens // info.block_size, first_block)  # no more than what was lent
         return Prepared(
             pin_id=fetched.pin_id,
-            cached_tokens=first_block * block_size,
-            remote_tokens=(len(hashes) - first_block) * block_size,
-            bytes_moved=fetched.bytes_moved,
+            cached_tokens=first_block * info.block_size,
+            remote_tokens=(len(hashes) - first_block) * info.block_size,
+            bytes_moved=fetched.bytes_moved + prefix_blocks * (info.layout.bytes_per_block if info.layout else 0),
         )
+
+    async def _compute_elsewhere(
+        self, task: prefill_queue_pb2.PrefillTask, pin: Pin, wait_s: float
+    ) -> prefill_queue_pb2.TaskCompleted:
+        """Wait for a prefill worker to compute the task, while it may pull what `pin` holds."""
+        address = self._peers.queue_address()
+        if address is None:
+            raise TryElsewhereError(Reason.PREFILL_FAILED, "no prefill queue is known")
+        if self._driver.info.layout is not None and pin.block_ids:
+            await self._lend_prefix(task, pin)
+        try:
+            return await self._submissions.complete(address, task, wait_s=wait_s, on_position=self._check_depth)
+        finally:
+            self._source.take_back(task.prefix)
+
+    async def _lend_prefix(self, task: prefill_queue_pb2.PrefillTask, pin: Pin) -> None:
+        """Have the task carry what `pin` holds; it does without where this worker serves no blocks."""
+        lent = await self._driver.acquire(
+            lambda engine: engine.pin_prefix(pin.block_hashes), undo=lambda engine, held: engine.unpin(held.pin_id)
+        )
+        try:
+            task.prefix.CopyFrom(self._source.lend(lent))
+        except ConflictError as error:
+            log.debug("prefix.not_lent", request_id=task.request_id, error=error.message)
 
     def _task(
         self,
@@ -213,35 +245,11 @@ class RemotePrefill:
             task.token_ids.CopyFrom(request.token_ids)
         if info.layout is not None:
             task.layout.CopyFrom(layout_to_wire(info.layout))
-            task.transports.append(self._transport.name)
+            task.transports.extend(self._transports.reaches)
         return task
 
-    async def _submit(self, task: prefill_queue_pb2.PrefillTask, wait_s: float) -> prefill_queue_pb2.TaskCompleted:
-        address = self._peers.queue_address()
-        if address is None:
-            raise TryElsewhereError(Reason.PREFILL_FAILED, "no prefill queue is known")
-        stub = prefill_queue_pb2_grpc.PrefillQueueStub(self._channels.get(address))
-        call = stub.Submit(prefill_queue_pb2.SubmitRequest(task=task), timeout=wait_s + _CALL_MARGIN_S)
-        try:
-            async for message in call:
-                event = message.WhichOneof("event")
-                if event == "completed":
-                    return message.completed
-                if event == "queued":
-                    self._check_depth(message.queued.position)
-                else:
-                    self._queue_depth = 0
-        except grpc.aio.AioRpcError as exc:
-            error = from_rpc_error(exc)
-            if error.reason is Reason.DEADLINE:  # the task's time to live, which is this wait
-                raise TimeoutError(error.message) from exc
-            raise error from exc
-        finally:
-            call.cancel()
-        raise TryElsewhereError(Reason.PREFILL_FAILED, "the queue ended the task without a result")
-
-    def _check_depth(self, position: int) -> None:
-        self._queue_depth = position
-        if self._rules.max_queue_depth is not None and position > self._rules.max_queue_depth:
+    def _check_depth(self, position: int | None) -> None:
+        self._queue_depth = position or 0
+        if self._rules.max_queue_depth is not None and self._queue_depth > self._rules.max_queue_depth:
             self._queue_depth = 0  # known only from the queue's answers: the next request asks again
             raise TryElsewhereError(Reason.QUEUE_FULL, f"{position} tasks wait before this one")

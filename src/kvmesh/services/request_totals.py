@@ -43,8 +43,8 @@ class RequestTotals:
         setattr(self, outcome, getattr(self, outcome) + 1)
         telemetry.REQUESTS.labels(outcome=outcome).inc()
 
-    def to_proto(self, *, reservations: int) -> frontend_pb2.TopologyCounters:
-        """Return the counters as the topology shows them."""
+    def to_proto(self) -> frontend_pb2.TopologyCounters:
+        """Return the counters as the topology shows them; bookings are the router's to count."""
         return frontend_pb2.TopologyCounters(
             requests=self.requests,
             remote_prefills=self.remote_prefills,
@@ -57,5 +57,4 @@ class RequestTotals:
             failed=self.failed,
             cancelled=self.cancelled,
             running=self.requests - self.finished - self.failed - self.cancelled,
-            reservations=reservations,
         )

@@ -77,7 +77,7 @@ class Router(router_pb2_grpc.RouterServicer):
         self, request: router_pb2.ListWorkersRequest, context: "Context"
     ) -> router_pb2.ListWorkersResponse:
         """See the contract."""
-        return router_pb2.ListWorkersResponse(workers=self._workers())
+        return router_pb2.ListWorkersResponse(workers=self._workers(), policy=self._router.policy_name)
 
     async def GetPotentialLoads(
         self, request: router_pb2.GetPotentialLoadsRequest, context: "Context"

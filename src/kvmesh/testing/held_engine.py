@@ -2,6 +2,7 @@
 
 from kvmesh.engines.echo import EchoEngine
 from kvmesh.engines.engine import Engine, StepResult
+from kvmesh.engines.paged_model import Allocate, allocate_here
 from kvmesh.runtime.engine_registry import EnginePlan
 
 _HELD_STEP_S = 0.01
@@ -39,7 +40,7 @@ def held_plan(*, steps: int = 0) -> tuple[EnginePlan, dict[str, HeldEngine]]:
     """Return a plan for `running_mesh` and its engines by node, filled in as the mesh makes them."""
     engines: dict[str, HeldEngine] = {}
 
-    def build(node: str) -> Engine:
+    def build(node: str, *, allocate: Allocate = allocate_here) -> Engine:
         engines[node] = HeldEngine(node_name=node, steps=steps)
         return engines[node]
 

@@ -280,6 +280,31 @@ class KvEngineContract(EngineContract):
         assert held(engine) == NOTHING_HELD
         source.close()
 
+    def test_imported_blocks_are_no_cache_hits_of_the_request_they_are_for(self, engine: Engine) -> None:
+        """Its own import is left out of what it found cached; for the next request the same blocks are hits."""
+        source = self.make_engine()
+        size = engine.info.block_size
+        request = self.request(engine, 1, prompt=3 * size + 1, max_tokens=1)
+        source.submit(request)
+        run_all(source)
+        handed_over = source.pin_prefix(request.block_hashes)
+        opened = engine.begin_import(request.block_hashes, first_block=0)
+        _copy(source, handed_over, engine, opened)
+        pin = engine.commit_import(
+            opened.import_id, block_hashes=request.block_hashes, local_hashes=request.local_hashes
+        )
+
+        engine.submit(replace(request, imported_tokens=3 * size))
+        first = run_all(engine).answers[request.key].prompt_output.cached_tokens
+        hit_rate = engine.load().prefix_hit_rate
+        engine.submit(replace(request, key=attempt(2)))
+        second = run_all(engine).answers[attempt(2)].prompt_output.cached_tokens
+
+        assert (first, hit_rate) == (0, 0.0)
+        assert second == 3 * size
+        engine.unpin(pin.pin_id)
+        source.close()
+
     def test_import_behind_a_cached_prefix_stores_only_the_rest(self, engine: Engine) -> None:
         """The pin that comes back covers both."""
         source = self.make_engine()

@@ -24,14 +24,17 @@ from kvmesh.core.roster import WorkerRole
 from kvmesh.core.waits import Waits
 from kvmesh.discovery.memory import MemoryDiscovery
 from kvmesh.engines.engine import Engine, StepResult
+from kvmesh.engines.paged_model import Allocate, allocate_here
 from kvmesh.engines.simulated import SimulatedEngine
 from kvmesh.engines.simulated_options import SimulatedOptions
 from kvmesh.runtime.decode_work import decode_work
 from kvmesh.runtime.prefill_work import PrefillWork
 from kvmesh.runtime.queue_role import QueueRole
+from kvmesh.runtime.role import Listen
 from kvmesh.runtime.worker import Work, Worker, WorkerParts
 from kvmesh.services.channels import Channels
 from kvmesh.transports.memory import MemoryNetwork, MemoryTransport
+from kvmesh.transports.transport import Transport
 from kvmesh.v1 import (
     decode_worker_pb2,
     decode_worker_pb2_grpc,
@@ -70,9 +73,11 @@ _LOOK_AGAIN_S = 0.01
 class HeldSimulatedEngine(SimulatedEngine):
     """A simulated engine that takes commands in and computes nothing while it is held."""
 
-    def __init__(self, options: SimulatedOptions = SMALL, *, held: bool = False) -> None:
+    def __init__(
+        self, options: SimulatedOptions = SMALL, *, held: bool = False, allocate: Allocate = allocate_here
+    ) -> None:
         """Begin held or not."""
-        super().__init__(options)
+        super().__init__(options, allocate=allocate)
         self.held = held
         """May be changed on any thread."""
 
@@ -156,8 +161,10 @@ class WorkerGroup:
             namespace=NAMESPACE,
             limits=limits or QueueLimits(),
             discovery=self.discovery,
+            listen=Listen(),
+            drain_s=0,
         )
-        await self.queue.start("127.0.0.1")
+        await self.queue.start()
         return self.queue
 
     async def add_decode(
@@ -165,7 +172,7 @@ class WorkerGroup:
         engine: Engine | None = None,
         *,
         waits: Waits | None = None,
-        transport: MemoryTransport | None = None,
+        transport: Transport | Sequence[Transport] | None = None,
         rules: RemotePrefillRules | None = None,
         required: bool = False,
     ) -> Worker:
@@ -178,7 +185,7 @@ class WorkerGroup:
         engine: Engine | None = None,
         *,
         waits: Waits | None = None,
-        transport: MemoryTransport | None = None,
+        transport: Transport | Sequence[Transport] | None = None,
         namespace: str = NAMESPACE,
     ) -> Worker:
         """Start a prefill worker and return when it may lease; in another namespace it knows of no queue."""
@@ -265,7 +272,7 @@ class WorkerGroup:
         await self._channels.aclose()
         await asyncio.gather(*(worker.stop() for worker in self.workers))
         if self.queue is not None:
-            await self.queue.stop(0)
+            await self.queue.stop()
         await self.discovery.aclose()
 
     async def _add(
@@ -274,7 +281,7 @@ class WorkerGroup:
         engine: Engine | None,
         *,
         waits: Waits | None,
-        transport: MemoryTransport | None,
+        transport: Transport | Sequence[Transport] | None,
         build: Callable[[WorkerParts], Work],
         namespace: str = NAMESPACE,
     ) -> Worker:
@@ -284,14 +291,19 @@ class WorkerGroup:
             models=(MODEL,),
             namespace=namespace,
             engine=engine or HeldSimulatedEngine(),
-            transport=transport or MemoryTransport(self.network),
+            transports=_listed(transport or MemoryTransport(self.network)),
             discovery=self.discovery,
             waits=waits or self._waits,
             build=build,
+            listen=Listen(),
         )
-        await worker.start("127.0.0.1")
+        await worker.start()
         self.workers.append(worker)
         return worker
+
+
+def _listed(transport: Transport | Sequence[Transport]) -> Sequence[Transport]:
+    return transport if isinstance(transport, Sequence) else (transport,)
 
 
 def held(info: worker_control_pb2.GetInfoResponse) -> tuple[int, int, int, int]:

@@ -16,10 +16,31 @@ class Transport(Protocol):
 
     @property
     def name(self) -> str:
-        """The name that both sides must have in common, e.g. `memory`."""
+        """What people call it, e.g. `memory`."""
 
-    def serve(self, agent_name: str, memory: npt.NDArray[np.uint8]) -> None:
-        """Let others pull from `memory`, shape (total_blocks, bytes_per_block), under a name unique per epoch."""
+    @property
+    def reach(self) -> str:
+        """What two workers must have in common to move blocks: the name, and how far it reaches unless everywhere.
+
+        Tasks and handoffs carry it, e.g. `shared_memory@1f0c9a52d3b8e647`: another host has another one.
+        """
+
+    def allocate(self, blocks: int, block_bytes: int) -> npt.NDArray[np.uint8] | None:
+        """Return a zeroed pool, shape (blocks, block_bytes), that can be served; None: it serves any memory.
+
+        No memory is taken until it is written. Called before `serve`, once per pool.
+
+        Raises: TryElsewhereError(KV_TRANSFER_FAILED) when there is no room; the pool may then lie elsewhere, and others
+        cannot pull from it.
+        """
+
+    async def serve(self, agent_name: str, memory: npt.NDArray[np.uint8]) -> str:
+        """Let others pull from `memory`, shape (blocks, block_bytes); return the name under which they do.
+
+        `agent_name` is unique per epoch, and the public name made of it is understood by this kind of transport only.
+
+        Raises: TryElsewhereError(KV_TRANSFER_FAILED) when this memory cannot be served.
+        """
 
     async def pull(
         self,
@@ -31,11 +52,12 @@ class Transport(Protocol):
     ) -> int:
         """Copy blocks into `target`, shape (total_blocks, bytes_per_block); return the bytes moved.
 
-        The caller bounds the time; once cancelled, this returns when nothing writes to `target` any more.
+        `agent_name` is a public one. The caller bounds the time; once this has returned or raised, cancelled or not,
+        nothing writes to `target` any more.
 
-        Raises: TryElsewhereError(KV_TRANSFER_FAILED) when the source is gone, has blocks of another size, or a block is
-        not there; the target blocks are then in no defined state, all others are as before.
+        Raises: TryElsewhereError(KV_TRANSFER_FAILED) when the source is gone, stalls, has blocks of another size, or a
+        block is not there; the target blocks are then in no defined state, all others are as before.
         """
 
     async def aclose(self) -> None:
-        """Stop serving and free what was registered."""
+        """Stop serving and free what was registered. Idempotent."""

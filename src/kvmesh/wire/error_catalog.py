@@ -87,8 +87,9 @@ CATALOG: dict[Reason, CatalogEntry] = {
         errors.ConflictError,
     ),
     Reason.PREFILL_FAILED: CatalogEntry(
-        _C.UNAVAILABLE, _SERVER, "prefill_failed", True, "The prefill failed.", errors.TryElsewhereError,
-        show_message=False,
+        _C.UNAVAILABLE, _SERVER, "prefill_failed", True,
+        "The remote prefill failed, and remote_prefill.required allows no local one: retry, or start a prefill worker.",
+        errors.TryElsewhereError, show_message=False,
     ),
     Reason.KV_TRANSFER_FAILED: CatalogEntry(
         _C.UNAVAILABLE, _SERVER, "kv_transfer_failed", True, "Moving the KV cache failed.", errors.TryElsewhereError,
@@ -161,6 +162,22 @@ HTTP_STATUS: dict[grpc.StatusCode, int] = {
 """The field's mapping of gRPC codes (google.rpc.Code) to HTTP."""
 
 _CODE_BY_NUMBER: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
+
+
+def foreseen_error(exc: Exception) -> MeshError | None:
+    """Return the error of ours that a handler's exception amounts to, or None where nobody foresaw it: INTERNAL."""
+    leaf = _leaf(exc)
+    if isinstance(leaf, NotImplementedError):  # what generated servicers raise for a method nobody wrote
+        return errors.NotServedError(Reason.UNIMPLEMENTED, "")
+    return leaf if isinstance(leaf, MeshError) and leaf.reason is not Reason.INTERNAL else None
+
+
+def _leaf(exc: Exception) -> Exception:
+    """Look into the group a TaskGroup raises: a foreseen error speaks for it only if nothing unforeseen is there."""
+    if not isinstance(exc, ExceptionGroup):
+        return exc
+    leaves = [_leaf(inner) for inner in exc.exceptions]
+    return next((leaf for leaf in leaves if not isinstance(leaf, MeshError)), leaves[0])
 
 
 _MAX_MESSAGE_BYTES = 1024

@@ -60,6 +60,8 @@ def router_worker_to_proto(snapshot: WorkerSnapshot) -> router_pb2.RouterWorker:
         draining=snapshot.record.draining,
     )
     if report is not None:
+        worker.waiting_requests = report.waiting_requests
+        worker.prefix_hit_rate = report.prefix_hit_rate
         worker.load_age.CopyFrom(duration(snapshot.load_age_s))
     return worker
 

@@ -7,6 +7,7 @@ from kvmesh.v1 import frontend_pb2, generation_pb2
 
 DEFAULT_MAX_TOKENS = 128
 MAX_STOPS = 4
+MAX_STOP_BYTES = 1024
 MAX_CLIENT_ID_BYTES = 256
 _MAX_TEMPERATURE = 2.0
 
@@ -55,6 +56,8 @@ def check_sampling(sampling: generation_pb2.SamplingParams, *, path: str = "samp
     for index, stop in enumerate(sampling.stop):
         if not stop:
             raise invalid(f"{path}.stop[{index}]", "must not be empty")
+        if (size := len(stop.encode())) > MAX_STOP_BYTES:
+            raise invalid(f"{path}.stop[{index}]", f"{size} bytes are too many: up to {MAX_STOP_BYTES}")
 
 
 def check_hints(hints: generation_pb2.RoutingHints, *, path: str = "routing") -> None:

@@ -394,8 +394,15 @@ def test_built_in_policy_is_made_by_its_name(name: str) -> None:
     assert build_policy(name) is not policy
 
 
-def test_unknown_policy_is_refused_with_the_nearest_name() -> None:
-    with pytest.raises(FixRequestError, match="did you mean 'round_robin'") as caught:
-        build_policy("roundrobin")
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("roundrobin", "the nearest is round_robin"),
+        ("vllm", "known: kv_aware, round_robin, random, least_loaded, prompt_similarity"),
+    ],
+)
+def test_unknown_policy_is_refused_with_a_close_name_or_with_all(name: str, hint: str) -> None:
+    with pytest.raises(FixRequestError, match=f"{hint}$") as caught:
+        build_policy(name)
 
     assert caught.value.reason is Reason.INVALID_FIELD

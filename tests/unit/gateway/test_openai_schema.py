@@ -107,6 +107,8 @@ def test_fields_that_ask_for_nothing_are_let_through(fields: dict[str, Any]) -> 
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_completion_tokens": -1}, "max_completion_tokens"),
         ({"stop": ["a", ""]}, "stop[1]"),
+        ({"stop": ["a", "é" * 513]}, "stop[1]"),
+        ({"stop": "é" * 513}, "stop[0]"),
         ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
         ({"stream_options": {"no_such_field": 1}}, "stream_options.no_such_field"),
         ({"messages": "hello"}, "messages"),

@@ -74,6 +74,59 @@ def test_an_unknown_variable_is_answered_with_the_nearest_variable(monkeypatch: 
     )
 
 
+@pytest.mark.parametrize(
+    ("variable", "hint"),
+    [
+        ("KVMESH_LOG__QZX", "its section has KVMESH_LOG__LEVEL, KVMESH_LOG__FORMAT"),
+        ("KVMESH_QZX", "`kvmesh config show` lists all"),
+    ],
+)
+def test_a_variable_like_no_other_is_not_answered_with_a_far_one(
+    variable: str, hint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, "4")
+
+    with pytest.raises(SettingsError) as refusal:
+        load_settings()
+
+    assert str(refusal.value) == f"{variable} (env {variable}) is not a setting; {hint}"
+
+
+def test_variables_of_a_kubernetes_service_of_our_name_are_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    for start in ("KVMESH", "KVMESH_FRONTEND", "KVMESH_MY_ETCD"):
+        monkeypatch.setenv(f"{start}_SERVICE_HOST", "10.96.0.7")
+        monkeypatch.setenv(f"{start}_SERVICE_PORT", "8000")
+        monkeypatch.setenv(f"{start}_SERVICE_PORT_GRPC_WEB", "50051")
+        monkeypatch.setenv(f"{start}_PORT", "tcp://10.96.0.7:8000")
+        monkeypatch.setenv(f"{start}_PORT_8000_TCP", "tcp://10.96.0.7:8000")
+        for last, value in (("PROTO", "tcp"), ("PORT", "8000"), ("ADDR", "10.96.0.7")):
+            monkeypatch.setenv(f"{start}_PORT_8000_TCP_{last}", value)
+    monkeypatch.setenv("KVMESH_HTTP__PORT", "3000")
+
+    loaded = load_settings()
+
+    assert loaded.settings.http.port == 3000
+    assert {origin for key, origin in loaded.origins.items() if key != "http.port"} == {"default"}
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("KVMESH_PORT", "8000"),
+        ("KVMESH_HTTP_PORT", "8000"),
+        ("KVMESH_SERVICE__HOST", "10.96.0.7"),
+        ("KVMESH_PORT_HTTP_TCP", "tcp://10.96.0.7:8000"),
+    ],
+)
+def test_what_kubernetes_would_not_write_so_is_still_refused(
+    variable: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+
+    with pytest.raises(SettingsError, match=f"{variable} .* is not a setting"):
+        load_settings()
+
+
 def test_a_section_given_a_value_is_answered_with_its_settings(toml: Path) -> None:
     toml.write_text("log = 'debug'\n")
 

@@ -141,6 +141,18 @@ async def test_request_reaches_the_generator_as_it_was_sent_and_without_an_id_of
     assert generator.request_ids == [None]
 
 
+async def test_request_runs_under_the_id_that_its_call_is_logged_under() -> None:
+    generator = ScriptedGenerator()
+
+    async with serve(generator) as doors:
+        call = doors.frontend.Generate(ask(), timeout=GENEROUS_S)
+        logged_as = dict(await call.initial_metadata())["x-request-id"]
+        async for _ in call:
+            pass
+
+    assert generator.request_ids == [logged_as]
+
+
 async def test_clients_deadline_bounds_the_request() -> None:
     generator = ScriptedGenerator()
 
@@ -222,7 +234,7 @@ async def test_text_is_the_whole_output_under_the_clients_own_id() -> None:
             client_request_id="id_number",
         )
     ]
-    assert generator.request_ids == [None]
+    assert [UUID(request_id or "").version for request_id in generator.request_ids] == [7]
 
 
 @pytest.mark.parametrize(

@@ -254,3 +254,21 @@ def test_openai_body_of_a_lost_worker_is_the_servers_fault() -> None:
             "code": "worker_lost",
         }
     }
+
+
+@pytest.mark.parametrize(
+    ("raised", "reason"),
+    [
+        (FixRequestError(Reason.EMPTY_PROMPT, ""), Reason.EMPTY_PROMPT),
+        (NotImplementedError(), Reason.UNIMPLEMENTED),
+        (ExceptionGroup("tasks", [TryElsewhereError(Reason.NO_WORKERS, "")]), Reason.NO_WORKERS),
+        (ExceptionGroup("tasks", [ExceptionGroup("inner", [NotImplementedError()])]), Reason.UNIMPLEMENTED),
+        (ExceptionGroup("tasks", [TryElsewhereError(Reason.NO_WORKERS, ""), ValueError()]), None),
+        (MeshError(Reason.INTERNAL, "ours, and a fault"), None),
+        (ValueError(), None),
+    ],
+)
+def test_foreseen_errors_are_told_from_faults(raised: Exception, reason: Reason | None) -> None:
+    error = error_catalog.foreseen_error(raised)
+
+    assert (error.reason if error is not None else None) is reason

@@ -65,6 +65,7 @@ def test_prompt_with_something_in_it_passes(prompt: generation_pb2.Prompt) -> No
         (Sampling(top_p=math.nan), "sampling.top_p", "nan is out of range: above 0 and up to 1"),
         (Sampling(stop=["a", "b", "c", "d", "e"]), "sampling.stop", "5 entries are too many: up to 4"),
         (Sampling(stop=["a", ""]), "sampling.stop[1]", "must not be empty"),
+        (Sampling(stop=["a", "é" * 513]), "sampling.stop[1]", "1026 bytes are too many: up to 1024"),
     ],
 )
 def test_sampling_out_of_range_is_refused_with_the_range(
@@ -82,7 +83,7 @@ def test_sampling_out_of_range_is_refused_with_the_range(
     [
         Sampling(),
         Sampling(max_tokens=1, temperature=0, top_p=1, top_k=0, seed=0),
-        Sampling(temperature=2, stop=["a", "b", "c", "d"]),
+        Sampling(temperature=2, stop=["a", "b", "c", "é" * 512]),
     ],
     ids=["unset", "lowest", "highest"],
 )

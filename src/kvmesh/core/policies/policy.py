@@ -9,7 +9,6 @@ chosen, at least one, ordered by worker. Laws:
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Protocol, runtime_checkable
 
@@ -21,6 +20,7 @@ from kvmesh.core.policies.least_loaded import LeastLoaded
 from kvmesh.core.policies.prompt_similarity import PromptSimilarity
 from kvmesh.core.policies.random_choice import RandomChoice
 from kvmesh.core.policies.round_robin import RoundRobin
+from kvmesh.core.suggestions import suggestion
 
 
 class Policy(Protocol):
@@ -61,13 +61,12 @@ BUILTIN_POLICIES: Mapping[str, Callable[[], Policy]] = MappingProxyType(
 
 
 def build_policy(name: str) -> Policy:
-    """Return a new built-in policy. Raises: FixRequestError(INVALID_FIELD) naming the nearest name."""
+    """Return a new built-in policy. Raises: FixRequestError(INVALID_FIELD) naming a close name, or all."""
     factory = BUILTIN_POLICIES.get(name)
     if factory is None:
-        nearest = get_close_matches(name, BUILTIN_POLICIES, n=1, cutoff=0.0)[0]
         raise FixRequestError(
             Reason.INVALID_FIELD,
-            f"no policy is named {name!r}; did you mean {nearest!r}? Known: {', '.join(BUILTIN_POLICIES)}",
+            f"no policy is named {name!r}; {suggestion(name, BUILTIN_POLICIES)}",
             field="policy",
         )
     return factory()

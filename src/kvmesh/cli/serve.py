@@ -1,0 +1,144 @@
+"""`kvmesh serve ROLE`: one role of a mesh in this process, for many machines."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvmesh.cli.running import engine_options, run_with_settings
+
+if TYPE_CHECKING:
+    from kvmesh.runtime.settings import LoadedSettings, Settings
+
+_FRONTEND = "frontend"
+
+
+def serve_role(
+    role: Annotated[str, typer.Argument(help="frontend, processor, router, decode, prefill or queue.", metavar="ROLE")],
+    discovery: Annotated[
+        str | None, typer.Option(help="The etcd cluster: etcd://HOST:PORT[,HOST:PORT].", metavar="STORE")
+    ] = None,
+    host: Annotated[
+        str | None, typer.Option(help="Address to bind (gRPC). [default: 127.0.0.1]", metavar="HOST")
+    ] = None,
+    port: Annotated[
+        int | None,
+        typer.Option(help="gRPC port; 0 = any free one. [default: 50051 for a frontend, else 0]", metavar="PORT"),
+    ] = None,
+    advertise: Annotated[
+        str | None, typer.Option(help="Host by which others reach this process. [default: --host]", metavar="HOST")
+    ] = None,
+    node: Annotated[str | None, typer.Option(help="This node's name. [default: the host's]", metavar="NAME")] = None,
+    index: Annotated[
+        int | None, typer.Option(help="Number among this role's processes on this node. [default: 0]", metavar="N")
+    ] = None,
+    http_host: Annotated[
+        str | None, typer.Option(help="A frontend's HTTP address. [default: 127.0.0.1]", metavar="HOST")
+    ] = None,
+    http_port: Annotated[
+        int | None, typer.Option(help="A frontend's HTTP port; 0 = any free one. [default: 8000]", metavar="PORT")
+    ] = None,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(help="Port of /metrics for the other roles; 0 = any free one. [default: 0]", metavar="PORT"),
+    ] = None,
+    router: Annotated[
+        str | None, typer.Option(help="inside the processor, or separate. [default: inside]", metavar="WHERE")
+    ] = None,
+    processor: Annotated[
+        str | None, typer.Option(help="inside the frontend, or separate. [default: inside]", metavar="WHERE")
+    ] = None,
+    policy: Annotated[str | None, typer.Option(help="Routing policy. [default: kv_aware]", metavar="NAME")] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="Engine, e.g. echo or simulated. [default: echo]", metavar="NAME")
+    ] = None,
+    engine_option: Annotated[
+        list[str] | None, typer.Option(help="One option of the engine; may be repeated.", metavar="KEY=VALUE")
+    ] = None,
+    speedup: Annotated[
+        float | None, typer.Option(help="Divides a simulated engine's time; 0 = as fast as it can.", metavar="X")
+    ] = None,
+    model: Annotated[Path | None, typer.Option(help="Folder of the model or tokenizer.", metavar="DIR")] = None,
+    model_name: Annotated[
+        str | None, typer.Option(help="Name to serve the model under. [default: the engine's]", metavar="NAME")
+    ] = None,
+    insecure: Annotated[
+        bool | None, typer.Option("--insecure", help="Allow hosts other than loopback, without TLS.")
+    ] = None,
+    namespace: Annotated[
+        str | None,
+        typer.Option(help="Workers find each other within one namespace. [default: default]", metavar="NAME"),
+    ] = None,
+    log_level: Annotated[
+        str | None, typer.Option(help="debug, info, warning, error or critical. [default: info]", metavar="LEVEL")
+    ] = None,
+    log_format: Annotated[
+        str | None, typer.Option(help="auto, json or console. [default: auto]", metavar="FORMAT")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="Settings file (.toml, .yaml, .yml); flags override it.", metavar="FILE")
+    ] = None,
+    exit_with_parent: Annotated[
+        bool, typer.Option("--exit-with-parent", help="Stop when stdin ends.", hidden=True)
+    ] = False,
+) -> None:
+    """Serve one role in this process; the others are found through etcd.
+
+    Roles of one mesh share --discovery, --namespace, and the settings of engine and model.
+    """
+    _check(role)
+    door = "grpc" if role == _FRONTEND else "process"
+    flags: dict[str, Any] = {
+        "discovery.store": discovery,
+        f"{door}.host": host,
+        f"{door}.port": port,
+        "process.advertise": advertise,
+        "process.node": node,
+        "process.index": index,
+        "process.metrics_port": metrics_port,
+        "http.host": http_host,
+        "http.port": http_port,
+        "mesh.router": router,
+        "mesh.processor": processor,
+        "router.policy": policy,
+        "engine.name": engine,
+        "engine.speedup": speedup,
+        "engine.model": model,
+        "engine.model_name": model_name,
+        "insecure": insecure,
+        "namespace": namespace,
+        "log.level": log_level,
+        "log.format": log_format,
+    }
+    flags |= engine_options(engine_option or [])
+
+    def run(loaded: "LoadedSettings[Settings]") -> None:
+        _serve(role, loaded.settings, exit_with_parent=exit_with_parent)
+
+    run_with_settings(run, config, flags)
+
+
+def _check(role: str) -> None:
+    """Refuse an unknown role. Raises: typer.BadParameter."""
+    from kvmesh.core.roster import WorkerRole
+    from kvmesh.core.suggestions import suggestion
+
+    roles = (_FRONTEND, *(known.value for known in WorkerRole))
+    if role not in roles:
+        raise typer.BadParameter(f"no role is called {role!r}; {suggestion(role, roles)}")
+
+
+def _serve(role: str, settings: "Settings", *, exit_with_parent: bool) -> None:
+    import uvloop
+
+    from kvmesh.cli.foreground import serve, set_up_log, show_role, stop_at_end_of_input
+    from kvmesh.runtime.served_role import ServedRole
+
+    set_up_log(settings.log)
+
+    async def run() -> None:
+        if exit_with_parent:
+            stop_at_end_of_input()
+        await serve(ServedRole(role, settings), show_role)
+
+    uvloop.run(run())

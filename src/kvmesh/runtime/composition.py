@@ -1,0 +1,205 @@
+"""The composition root: makes every role of a mesh from the settings. It alone names implementations."""
+
+import socket
+from functools import cached_property
+
+from kvmesh.core.errors import FixRequestError, Reason
+from kvmesh.core.ids import WorkerId
+from kvmesh.core.lease_limits import QueueLimits
+from kvmesh.core.policies.kv_aware import CostKnobs, KvAware
+from kvmesh.core.policies.policy import Policy, build_policy
+from kvmesh.core.remote_prefill import RemotePrefillRules
+from kvmesh.core.roster import WorkerRole
+from kvmesh.core.routing import RoutingRules
+from kvmesh.discovery.discovery import Discovery
+from kvmesh.runtime.decode_work import decode_work
+from kvmesh.runtime.engine_registry import EnginePlan, plan_engine
+from kvmesh.runtime.gateway_role import Doors, GatewayRole
+from kvmesh.runtime.prefill_work import PrefillWork
+from kvmesh.runtime.processor_role import ProcessorRole, Tokenizers
+from kvmesh.runtime.queue_role import QueueRole
+from kvmesh.runtime.role import Listen
+from kvmesh.runtime.router_role import RouterPart, RouterPlan, RouterRole
+from kvmesh.runtime.settings import RouterSettings, Settings
+from kvmesh.runtime.transport_registry import open_transports
+from kvmesh.runtime.worker import Work, Worker, WorkerParts
+from kvmesh.transports.memory import MemoryNetwork
+
+
+class Composition:
+    """Makes the roles of one process; all of them share its discovery."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        discovery: Discovery,
+        network: MemoryNetwork | None = None,
+        plan: EnginePlan | None = None,
+    ) -> None:
+        """Take `discovery`, which stays the caller's to close.
+
+        `network` joins workers of this process; None = there is only one. `plan` brings engines of the caller's own in
+        place of `engine.*`.
+        """
+        self._settings = settings
+        self._discovery = discovery
+        self._network = network
+        self._given_plan = plan
+
+    @cached_property
+    def plan(self) -> EnginePlan:
+        """The engines. Raises: FixRequestError(INVALID_FIELD) naming the setting."""
+        return self._given_plan or plan_engine(self._settings.engine)
+
+    def check(self) -> None:
+        """Check what the settings name, before anything starts. Raises: FixRequestError(INVALID_FIELD)."""
+        self.router_plan()
+
+    def worker(self, role: WorkerRole, *, node: str, index: int, listen: Listen) -> Worker:
+        """Make a decode or a prefill worker."""
+        memory = open_transports(
+            network=self._network,
+            host=listen.host if self._network is None else None,
+            advertised_host=listen.advertise or None,
+        )
+        return Worker(
+            worker_id=WorkerId(f"{node}/{role.value}/{index}"),
+            role=role,
+            models=(self.plan.model_name,),
+            namespace=self._settings.namespace,
+            engine=self.plan.build(node, allocate=memory.allocate),
+            transports=memory.transports,
+            discovery=self._discovery,
+            waits=self._settings.waits,
+            build=self._decode_work if role is WorkerRole.DECODE else PrefillWork,
+            listen=listen,
+        )
+
+    def queue(self, *, node: str, index: int, listen: Listen) -> QueueRole:
+        """Make a prefill queue."""
+        return QueueRole(
+            worker_id=WorkerId(f"{node}/{WorkerRole.QUEUE.value}/{index}"),
+            namespace=self._settings.namespace,
+            limits=_queue_limits(self._settings),
+            discovery=self._discovery,
+            listen=listen,
+            drain_s=self._settings.waits.drain_s,
+        )
+
+    def router(self, *, node: str, index: int, listen: Listen) -> RouterRole:
+        """Make a router of its own process."""
+        return RouterRole(
+            self.router_plan(),
+            worker_id=WorkerId(f"{node}/{WorkerRole.ROUTER.value}/{index}"),
+            namespace=self._settings.namespace,
+            discovery=self._discovery,
+            listen=listen,
+        )
+
+    def processor(self, *, node: str, index: int, listen: Listen) -> ProcessorRole:
+        """Make a processor of its own process, with its router unless that is separate."""
+        return ProcessorRole(
+            node=node,
+            index=index,
+            router=self._router_part(),
+            tokenizers=self._tokenizers(),
+            waits=self._settings.waits,
+            namespace=self._settings.namespace,
+            discovery=self._discovery,
+            listen=listen,
+        )
+
+    def gateway(self, *, node: str, index: int) -> GatewayRole:
+        """Make a frontend, with its processor and its router unless they are separate."""
+        settings = self._settings
+        is_processor_here = settings.mesh.processor == "inside"
+        return GatewayRole(
+            name=f"{node}/frontend/{index}",
+            discovery=self._discovery,
+            namespace=settings.namespace,
+            router=self._router_part() if is_processor_here else None,
+            tokenizers=self._tokenizers() if is_processor_here else None,
+            doors=Doors(
+                grpc=Listen(settings.grpc.host, settings.grpc.port),
+                http=Listen(settings.http.host, settings.http.port),
+                max_body_bytes=settings.http.max_body_bytes,
+            ),
+            waits=settings.waits,
+        )
+
+    def router_plan(self) -> RouterPlan:
+        """Return how the router chooses. Raises: FixRequestError(INVALID_FIELD) naming the setting."""
+        router = self._settings.router
+        return RouterPlan(
+            policy=_policy(router),
+            rules=RoutingRules(remote_prefill=self._remote_prefill_rules, stale_after_s=router.stale_after_s),
+            reservation_ttl_s=router.reservation_ttl_s,
+            route_wait_s=self._settings.waits.route_s,
+            seed=router.seed,
+        )
+
+    def _router_part(self) -> RouterPart | None:
+        if self._settings.mesh.router == "separate":
+            return None
+        return RouterPart(self.router_plan(), namespace=self._settings.namespace, discovery=self._discovery)
+
+    def _tokenizers(self) -> Tokenizers:
+        return {self.plan.model_name: self.plan.tokenizer}
+
+    def _decode_work(self, parts: WorkerParts) -> Work:
+        build = decode_work(rules=self._remote_prefill_rules, required=self._settings.remote_prefill.required)
+        return build(parts)
+
+    @cached_property
+    def _remote_prefill_rules(self) -> RemotePrefillRules:
+        remote = self._settings.remote_prefill
+        minimum = remote.min_uncached_tokens
+        return RemotePrefillRules(
+            min_uncached_tokens=self.plan.min_uncached_tokens if minimum is None else minimum,
+            min_prompt_tokens=remote.min_prompt_tokens,
+            max_queue_depth=remote.max_queue_depth,
+        )
+
+
+def connect_discovery(settings: Settings) -> Discovery:
+    """Open the store that `discovery.store` names. Raises: FixRequestError(INVALID_FIELD) where it has no address."""
+    endpoints = settings.discovery.endpoints
+    if not endpoints:
+        raise FixRequestError(
+            Reason.INVALID_FIELD,
+            f"{settings.discovery.store!r} reaches no other process: name the cluster, --discovery etcd://HOST:PORT",
+            field="discovery.store",
+        )
+    from kvmesh.discovery.etcd import EtcdDiscovery  # noqa: PLC0415  # only where processes are separate
+
+    return EtcdDiscovery(endpoints, ttl_s=settings.discovery.ttl_s)
+
+
+def node_name(settings: Settings) -> str:
+    """Return the name of this node: the setting, or the host's."""
+    return settings.process.node or socket.gethostname()
+
+
+def _policy(settings: RouterSettings) -> Policy:
+    if settings.policy == KvAware.name:
+        knobs = CostKnobs(
+            overlap_credit=settings.overlap_credit,
+            prefill_scale=settings.prefill_scale,
+            request_weight=settings.request_weight,
+            temperature=settings.temperature,
+        )
+        return KvAware(knobs)
+    return build_policy(settings.policy)
+
+
+def _queue_limits(settings: Settings) -> QueueLimits:
+    queue = settings.queue
+    return QueueLimits(
+        max_depth=queue.max_depth,
+        lease_ttl_s=queue.lease_ttl_s,
+        max_attempts=queue.max_attempts,
+        backoff_base_s=queue.backoff_base_s,
+        backoff_cap_s=queue.backoff_cap_s,
+        max_skips=queue.max_skips,
+    )

@@ -1,0 +1,72 @@
+"""A service of another process, served here by passing every call on: how operators reach all of a mesh by one door.
+
+For the questions of people. What carries load (tasks, leases, bookings, tokens) goes to the service itself.
+"""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from typing import Any
+
+import grpc
+from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
+from google.protobuf.message_factory import GetMessageClass
+
+from kvmesh.core.errors import NotServedError, Reason, TryElsewhereError
+from kvmesh.services.channels import Channels
+from kvmesh.wire.error_catalog import from_rpc_error
+
+DEFAULT_TIMEOUT_S = 5.0
+"""Bound of a call whose client set none."""
+
+
+class ForwardedService:
+    """Has a method per RPC of a service, as its generated servicer would; calls with a client's stream are refused."""
+
+    def __init__(self, service: ServiceDescriptor, *, address: Callable[[], str | None], channels: Channels) -> None:
+        """Pass calls on to where `address` says the service is now; None = nowhere."""
+        self._service = service
+        self._address = address
+        self._channels = channels
+        for method in service.methods:
+            setattr(self, method.name, self._handler(method))
+
+    def _handler(self, method: MethodDescriptor) -> Callable[..., Any]:
+        if method.client_streaming:
+            return self._refuse
+        path = f"/{self._service.full_name}/{method.name}"
+        answer_type = GetMessageClass(method.output_type)
+
+        async def forward(request: Any, context: Any) -> Any:
+            call = self._channel().unary_unary(path, type(request).SerializeToString, answer_type.FromString)
+            try:
+                return await call(request, timeout=_timeout_s(context))
+            except grpc.aio.AioRpcError as exc:
+                raise from_rpc_error(exc) from exc
+
+        async def forward_stream(request: Any, context: Any) -> AsyncIterator[Any]:
+            open_call = self._channel().unary_stream(path, type(request).SerializeToString, answer_type.FromString)
+            call = open_call(request, timeout=context.time_remaining())
+            try:
+                async for answer in call:
+                    yield answer
+            except grpc.aio.AioRpcError as exc:
+                raise from_rpc_error(exc) from exc
+            finally:
+                with suppress(grpc.RpcError):
+                    call.cancel()
+
+        return forward_stream if method.server_streaming else forward
+
+    def _channel(self) -> grpc.aio.Channel:
+        address = self._address()
+        if address is None:
+            raise TryElsewhereError(Reason.NO_WORKERS, f"nobody serves {self._service.full_name} at the moment")
+        return self._channels.get(address)
+
+    async def _refuse(self, request: Any, context: Any) -> Any:
+        raise NotServedError(Reason.UNIMPLEMENTED, "call the service itself: this door passes single requests on")
+
+
+def _timeout_s(context: Any) -> float:
+    remaining_s: float | None = context.time_remaining()
+    return DEFAULT_TIMEOUT_S if remaining_s is None else remaining_s
