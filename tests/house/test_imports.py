@@ -32,7 +32,10 @@ ALLOWED = {
     "testing": {"core", "wire", "telemetry", "tokenizing", "services", "runtime", "engines", "transports", "discovery"},
 }  # fmt: skip
 # The composition root alone names implementations; the mesh in one process chooses what its roles share.
-COMPOSITION_ROOT = {"runtime.composition", "runtime.engine_registry", "runtime.mesh", "runtime.process_mesh", "runtime.transport_registry"}
+COMPOSITION_ROOT = {
+    "runtime.composition", "runtime.engine_registry", "runtime.mesh", "runtime.process_mesh",
+    "runtime.transport_registry",
+}  # fmt: skip
 IMPURE = {
     "asyncio", "concurrent", "grpc", "google", "http", "logging", "os", "pathlib", "secrets", "socket", "structlog",
     "subprocess", "sys", "threading", "time", "datetime", "uuid", "prometheus_client",

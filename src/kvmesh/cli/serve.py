@@ -55,6 +55,9 @@ def serve_role(
     engine_option: Annotated[
         list[str] | None, typer.Option(help="One option of the engine; may be repeated.", metavar="KEY=VALUE")
     ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="A real model's number type, e.g. float32 or float64.", metavar="TYPE")
+    ] = None,
     speedup: Annotated[
         float | None, typer.Option(help="Divides a simulated engine's time; 0 = as fast as it can.", metavar="X")
     ] = None,
@@ -102,6 +105,7 @@ def serve_role(
         "mesh.processor": processor,
         "router.policy": policy,
         "engine.name": engine,
+        "engine.options.dtype": dtype,
         "engine.speedup": speedup,
         "engine.model": model,
         "engine.model_name": model_name,

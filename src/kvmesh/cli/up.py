@@ -26,7 +26,7 @@ def up(
     discovery: Annotated[
         str | None,
         typer.Option(
-            help="memory, etcd (a child process) or etcd://HOST:PORT. [default: memory; etcd with --processes]",
+            help="memory, etcd (a child process), etcd://HOST:PORT; auto = etcd with --processes. [default: auto]",
             metavar="STORE",
         ),
     ] = None,
@@ -42,6 +42,9 @@ def up(
     ] = None,
     engine_option: Annotated[
         list[str] | None, typer.Option(help="One option of the engine; may be repeated.", metavar="KEY=VALUE")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="A real model's number type, e.g. float32 or float64.", metavar="TYPE")
     ] = None,
     speedup: Annotated[
         float | None, typer.Option(help="Divides a simulated engine's time; 0 = as fast as it can.", metavar="X")
@@ -92,6 +95,7 @@ def up(
         "discovery.store": discovery,
         "router.policy": policy,
         "engine.name": engine,
+        "engine.options.dtype": dtype,
         "engine.speedup": speedup,
         "engine.model": model,
         "engine.model_name": model_name,

@@ -52,6 +52,8 @@ def test_the_help_of_up_states_the_defaults_of_the_settings(capsys: pytest.Captu
     assert shown == {
         "decode": str(settings.mesh.decode),
         "prefill": str(settings.mesh.prefill),
+        "router": settings.mesh.router,
+        "processor": settings.mesh.processor,
         "policy": settings.router.policy,
         "engine": settings.engine.name,
         "model-name": "the engine's",
