@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import httpx
@@ -71,9 +72,9 @@ def test_each_role_that_is_killed_comes_back_and_the_mesh_is_whole_again() -> No
         for role in sorted(ROLES):
             os.kill(pid_of(mesh, role), signal.SIGKILL)
             mesh.wait_logged("process.died", process=role, exit=-signal.SIGKILL)
-            eventually(lambda role=role: len(mesh.logged("process.started", process=role)) == 2)
-            eventually(lambda role=role: _answers(mesh, f"after {role}"))
-            eventually(lambda: _is_whole(mesh))
+            eventually(partial(_is_started_again, mesh, role))
+            eventually(partial(_answers, mesh, f"after {role}"))
+            eventually(partial(_is_whole, mesh))
 
 
 def test_nothing_outlives_a_supervisor_that_is_killed() -> None:
@@ -112,6 +113,10 @@ def test_an_unknown_role_is_refused_with_the_nearest() -> None:
 
     assert refused.returncode == 2
     assert "the nearest is decode" in refused.stderr
+
+
+def _is_started_again(mesh: MeshProcess, role: str) -> bool:
+    return len(mesh.logged("process.started", process=role)) == 2
 
 
 def _answers(mesh: MeshProcess, prompt: str) -> bool:

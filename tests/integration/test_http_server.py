@@ -140,7 +140,8 @@ async def test_a_client_that_does_not_read_is_given_up() -> None:
     body = orjson.dumps(HELLO)
 
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port, limit=1)
-    writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n" % len(body)
+    writer.write(head + body)
     await writer.drain()
     await asyncio.wait_for(generator.closed.wait(), 20)
 

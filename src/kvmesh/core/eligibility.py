@@ -141,14 +141,14 @@ def _no_named_worker(query: RoutingQuery) -> TryElsewhereError:
         return TryElsewhereError(
             Reason.NO_MATCHING_WORKER,
             f"pinned worker {hints.pinned_worker}{rank} cannot take a request for {query.model}",
-            field="hints.pinned_worker",
+            field="hints.pinned_worker_id",
             metadata={"pinned_worker": hints.pinned_worker},
         )
     allowed, barred = (", ".join(sorted(names)) for names in (hints.allowed_workers, hints.excluded_workers))
     return TryElsewhereError(
         Reason.NO_MATCHING_WORKER,
         f"no worker of {query.model} is left: allowed [{allowed or 'all'}], excluded [{barred}]",
-        field="hints.allowed_workers" if allowed else "hints.excluded_workers",
+        field="hints.allowed_worker_ids" if allowed else "hints.excluded_worker_ids",
         metadata={"allowed_workers": allowed, "excluded_workers": barred},
     )
 

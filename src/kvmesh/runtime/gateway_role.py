@@ -19,6 +19,7 @@ from kvmesh.services.frontend import Frontend
 from kvmesh.services.local_router import LocalRouter
 from kvmesh.services.peers import Peers
 from kvmesh.services.processor import Processor
+from kvmesh.services.queue_locator import QueueLocator
 from kvmesh.services.remote_processor import RemoteProcessor
 from kvmesh.services.router_views import LocalRouterView, RemoteRouterView
 from kvmesh.services.topology import TopologyView
@@ -72,6 +73,7 @@ class GatewayRole:
         self._waits = waits
         self._channels = Channels()
         self._peers = Peers(discovery, namespace=namespace)
+        self._queues = QueueLocator(peers=self._peers, channels=self._channels)
         self._router = router
         self._part: ProcessorPart | None = None
         self._generator: Processor | RemoteProcessor
@@ -218,7 +220,7 @@ class GatewayRole:
         return create_app(
             services=[
                 *((service.descriptor, service.servicer) for service in self._services),
-                (queue, ForwardedService(queue, address=self._peers.queue_address, channels=self._channels)),
+                (queue, ForwardedService(queue, address=self._queues.address, channels=self._channels)),
             ],
             generator=self._generator,
             unready_reason=self._unready_reason,

@@ -94,7 +94,7 @@ class ProcessorRole:
         self._part = ProcessorPart(
             router=router, peers=self._peers, channels=self._channels, tokenizers=tokenizers, waits=waits
         )
-        self._server = GrpcServer()
+        self._server = GrpcServer(client_write_s=waits.client_write_s)
         self._server.add(*self._part.service)
         if router is not None:
             self._server.add(*router.service)

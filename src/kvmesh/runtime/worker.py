@@ -139,7 +139,7 @@ class Worker:
             waits=waits,
         )
         self._work = build(self._parts)
-        self._server = GrpcServer()
+        self._server = GrpcServer(client_write_s=waits.client_write_s)
         for service in (*self._work.services(), *self._own_services()):
             self._server.add(*service)
 

@@ -9,6 +9,7 @@ from kvmesh.core.errors import FixRequestError, MeshError, Reason
 from kvmesh.services.event_responses import response_of
 from kvmesh.v1 import frontend_pb2, frontend_pb2_grpc, generation_pb2
 from kvmesh.wire import validation
+from kvmesh.wire.field_names import IN_GENERATE, IN_GENERATE_TEXT, fields_named
 from kvmesh.wire.generation import Delta, Event, Generator
 
 if TYPE_CHECKING:
@@ -43,9 +44,10 @@ class Frontend(frontend_pb2_grpc.FrontendServicer):
         self, request: frontend_pb2.GenerateRequest, context: "Context"
     ) -> AsyncIterator[frontend_pb2.GenerateResponse]:
         """See the contract."""
-        async with aclosing(self._generate(request, context)) as events:
-            async for event in events:
-                yield response_of(event, frontend_pb2.GenerateResponse)
+        with fields_named(IN_GENERATE):
+            async with aclosing(self._generate(request, context)) as events:
+                async for event in events:
+                    yield response_of(event, frontend_pb2.GenerateResponse)
 
     async def GenerateText(
         self, request: frontend_pb2.GenerateTextRequest, context: "Context"
@@ -60,15 +62,19 @@ class Frontend(frontend_pb2_grpc.FrontendServicer):
             client_request_id=request.request_id,
         )
         pieces: list[str] = []
-        finished = False
-        async with aclosing(self._generate(wanted, context)) as events:
-            async for event in events:
-                if isinstance(event, Delta):
-                    pieces += event.pieces
-                finished = isinstance(event, generation_pb2.Finished)
-        if not finished:  # a part must never pass for the whole
+        finished: generation_pb2.Finished | None = None
+        with fields_named(IN_GENERATE_TEXT):
+            async with aclosing(self._generate(wanted, context)) as events:
+                async for event in events:
+                    if isinstance(event, Delta):
+                        pieces += event.pieces
+                    finished = event if isinstance(event, generation_pb2.Finished) else None
+        if finished is None:  # a part must never pass for the whole
             raise MeshError(Reason.INTERNAL, "the generator ended without finished")
-        return frontend_pb2.GenerateTextResponse(worker_output="".join(pieces), request_id=request.request_id)
+        response = frontend_pb2.GenerateTextResponse(worker_output="".join(pieces), request_id=request.request_id)
+        if finished.reason != generation_pb2.FINISH_REASON_STOP:
+            response.finish_reason = finished.reason
+        return response
 
     async def ListModels(
         self, request: frontend_pb2.ListModelsRequest, context: "Context"

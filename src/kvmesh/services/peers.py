@@ -38,9 +38,10 @@ class Peers:
         records = self.roster.of(WorkerRole.PREFILL, model) if model else self.roster.records(WorkerRole.PREFILL)
         return sum(not record.draining for record in records)
 
-    def queue_address(self) -> str | None:
-        """Return where the prefill queue is served, or None while none is known."""
-        return self._address(WorkerRole.QUEUE)
+    def queue_addresses(self) -> tuple[str, ...]:
+        """Return where prefill queues are served, the longest-running one first."""
+        records = self.roster.records(WorkerRole.QUEUE)
+        return tuple(record.address for record in sorted(records, key=lambda record: record.epoch))
 
     def router_address(self) -> str | None:
         """Return where a router is served, or None while none is known."""

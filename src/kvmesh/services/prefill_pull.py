@@ -16,6 +16,7 @@ from kvmesh.services.identity import WorkerIdentity
 from kvmesh.services.owned_tasks import OwnedTasks
 from kvmesh.services.peers import Peers
 from kvmesh.services.prefill_compute import PrefillCompute
+from kvmesh.services.queue_locator import QueueLocator
 from kvmesh.services.worker_transports import WorkerTransports
 from kvmesh.v1 import prefill_queue_pb2, prefill_queue_pb2_grpc
 from kvmesh.wire.error_catalog import from_rpc_error, to_status
@@ -57,6 +58,7 @@ class PrefillPull:
         self._driver = driver
         self._compute = compute
         self._peers = peers
+        self._queues = QueueLocator(peers=peers, channels=channels)
         self._channels = channels
         self._transports = transports
         self._waits = waits
@@ -98,20 +100,21 @@ class PrefillPull:
     async def _pull(self) -> None:
         delay_s = _RETRY_S[0]
         while not self.draining:
-            address = self._peers.queue_address()
+            address = self._queues.address()
             if address is None:
                 await self._peers.changed()
                 continue
             try:
-                await self._serve(prefill_queue_pb2_grpc.PrefillQueueStub(self._channels.get(address)))
+                await self._serve(address)
                 delay_s = _RETRY_S[0]
             except* (grpc.aio.AioRpcError, TimeoutError) as lost:
                 log.warning("queue.lost", worker_id=self._identity.worker_id, error=_one_line(lost.exceptions[0]))
                 delay_s = min(delay_s * 2, _RETRY_S[1])
             await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))  # jitter of a retry, no secret
 
-    async def _serve(self, stub: "PrefillQueueAsyncStub") -> None:
-        """Hold the attachment and lease under it until either ends."""
+    async def _serve(self, address: str) -> None:
+        """Hold the attachment and lease under it until either ends, or another queue is the active one."""
+        stub = prefill_queue_pb2_grpc.PrefillQueueStub(self._channels.get(address))
         attach = prefill_queue_pb2.AttachRequest(
             worker_id=self._identity.worker_id,
             epoch=self._identity.epoch,
@@ -129,12 +132,14 @@ class PrefillPull:
             self._attached.set()
             log.info("prefill.attached", worker_id=self._identity.worker_id)
             async with asyncio.TaskGroup() as group:
-                self._leasing = group.create_task(self._lease(stub))
-                await self._hear(heard)
+                self._leasing = group.create_task(self._lease(stub, address))
+                hearing = group.create_task(self._hear(heard))
+                await asyncio.wait((hearing, self._leasing), return_when=asyncio.FIRST_COMPLETED)
                 self._leasing.cancel()
                 # A queue that drains keeps the attachment for what still runs: its end would requeue it. A queue that
                 # ends it first is gone, and the next one is not to wait for what was leased by this one.
-                parts = [group.create_task(self._hear(heard)), group.create_task(self._wait_idle())]
+                hearing = group.create_task(self._hear(heard)) if hearing.done() else hearing
+                parts = [hearing, group.create_task(self._wait_idle())]
                 await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
                 for part in parts:
                     part.cancel()
@@ -159,8 +164,9 @@ class PrefillPull:
                 case _:
                     continue
 
-    async def _lease(self, stub: "PrefillQueueAsyncStub") -> None:
-        while not self.draining:
+    async def _lease(self, stub: "PrefillQueueAsyncStub", address: str) -> None:
+        """Lease until this worker drains, or another queue is the active one."""
+        while not self.draining and self._queues.address() == address:
             free = _MAX_TASKS - len(self._running)
             if free <= 0:
                 self._slot_free.clear()

@@ -311,6 +311,7 @@ class Processor:
     def _close(self, run: RunningRequest, outcome: str) -> None:
         if run.deadline is not None:
             run.deadline.cancel()
+        log.info("request.ended", outcome=outcome, **run.log_fields())
         self._give_up_attempt(run)
         self._running.discard(run)
         if not self._running:

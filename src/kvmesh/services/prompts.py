@@ -52,7 +52,7 @@ async def prepare_prompt(
         raise FixRequestError(Reason.EMPTY_PROMPT, "the messages hold no text", field="prompt.messages")
     if tokenizer is None or TOKENS not in accepts:
         if TEXT not in accepts:
-            raise invalid("prompt", "no tokenizer is configured for this model: send prompt.token_ids")
+            raise invalid("prompt", "no tokenizer is configured for this model: send token ids")
         return PreparedPrompt(text, None, text_tokens(text))
     # A chat template writes the special tokens itself.
     encode = partial(tokenizer.encode, add_special_tokens=prompt.WhichOneof("input") != "messages")
@@ -77,7 +77,7 @@ def fill_input(request: decode_worker_pb2.DecodeRequest, prepared: PreparedPromp
     elif TEXT in accepts and prepared.text is not None:
         request.text = prepared.text
     else:
-        raise invalid("prompt", "this model's workers read text: send prompt.text or prompt.messages")
+        raise invalid("prompt", "this model's workers read text, not token ids: send text")
 
 
 def _from_tokens(
@@ -86,7 +86,7 @@ def _from_tokens(
     text = None
     if TEXT in accepts:
         if tokenizer is None and TOKENS not in accepts:
-            raise invalid("prompt.token_ids", "this model's workers read text: send prompt.text or prompt.messages")
+            raise invalid("prompt.token_ids", "this model's workers read text, not token ids: send text")
         text = _decode(token_ids, tokenizer) if tokenizer is not None else None
     return PreparedPrompt(text, token_ids, token_ids if TOKENS in accepts else text_tokens(text or ""))
 

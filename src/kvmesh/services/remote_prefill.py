@@ -23,6 +23,7 @@ from kvmesh.services.handoff_fetch import HandoffFetch
 from kvmesh.services.handoff_source import HandoffSource
 from kvmesh.services.peers import Peers
 from kvmesh.services.prefill_submissions import PrefillSubmissions
+from kvmesh.services.queue_locator import QueueLocator
 from kvmesh.services.worker_transports import WorkerTransports
 from kvmesh.v1 import decode_worker_pb2, generation_pb2, prefill_queue_pb2
 from kvmesh.wire.layout import layout_to_wire
@@ -32,6 +33,10 @@ log = telemetry.logger(__name__)
 
 _PREFILL_SHARE = 0.25
 """A remote prefill may take this share of what remains of a request's time."""
+_QUEUE_LOST = frozenset({Reason.WORKER_LOST, Reason.DRAINING})
+"""What says that the queue and not the task is the trouble."""
+_RESUBMIT_S = 0.05
+"""Between the loss of a queue and the next attempt: the channel finds out that nobody answers."""
 
 
 @dataclass(slots=True)
@@ -68,6 +73,7 @@ class RemotePrefill:
         self._peers = peers
         self._transports = transports
         self._source = source
+        self._queues = QueueLocator(peers=peers, channels=channels)
         self._rules = rules
         self._waits = waits
         self._required = required
@@ -196,15 +202,30 @@ class RemotePrefill:
         self, task: prefill_queue_pb2.PrefillTask, pin: Pin, wait_s: float
     ) -> prefill_queue_pb2.TaskCompleted:
         """Wait for a prefill worker to compute the task, while it may pull what `pin` holds."""
-        address = self._peers.queue_address()
-        if address is None:
-            raise TryElsewhereError(Reason.PREFILL_FAILED, "no prefill queue is known")
         if self._driver.info.layout is not None and pin.block_ids:
             await self._lend_prefix(task, pin)
         try:
-            return await self._submissions.complete(address, task, wait_s=wait_s, on_position=self._check_depth)
+            return await self._submit(task, until=asyncio.get_running_loop().time() + wait_s)
         finally:
             self._source.take_back(task.prefix)
+
+    async def _submit(self, task: prefill_queue_pb2.PrefillTask, *, until: float) -> prefill_queue_pb2.TaskCompleted:
+        """Submit to the active queue, and when that is lost, under the same key, to the one that takes its place."""
+        loop = asyncio.get_running_loop()
+        while True:
+            address = self._queues.address()
+            if address is None:
+                raise TryElsewhereError(Reason.PREFILL_FAILED, "no prefill queue is known")
+            wait_s = max(until - loop.time(), 0.0)
+            try:
+                return await self._submissions.complete(address, task, wait_s=wait_s, on_position=self._check_depth)
+            except TryElsewhereError as error:
+                if error.reason not in _QUEUE_LOST or not self._queues.has_other_than(address):
+                    raise
+                log.warning("queue.lost", request_id=task.request_id, address=address, error=error.message)
+            if loop.time() + _RESUBMIT_S >= until:
+                raise TryElsewhereError(Reason.PREFILL_FAILED, "no prefill queue can be reached")
+            await asyncio.sleep(_RESUBMIT_S)
 
     async def _lend_prefix(self, task: prefill_queue_pb2.PrefillTask, pin: Pin) -> None:
         """Have the task carry what `pin` holds; it does without where this worker serves no blocks."""

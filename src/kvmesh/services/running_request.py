@@ -115,6 +115,19 @@ class RunningRequest:
             started.prefill.CopyFrom(self.stream.decision)
         return started
 
+    def log_fields(self) -> dict[str, object]:
+        """Return what the log says of it at its end; the counts of one that did not finish are those known so far."""
+        usage = self.finished.usage if self.finished is not None else None
+        return {
+            "request_id": self.request_id,
+            "client_request_id": self.request.client_request_id,
+            "worker_id": self.worker.worker_id if self.worker is not None else None,
+            "attempt": self.attempt,
+            "prompt_tokens": self.resolved.prompt.prompt_tokens if self.resolved is not None else None,
+            "cached_tokens": usage.cached_tokens if usage is not None else None,
+            "completion_tokens": self.produced,
+        }
+
     def add_output(self, count: int) -> int:
         """Count output; return how many blocks it filled."""
         assert self.resolved is not None

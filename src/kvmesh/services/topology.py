@@ -7,6 +7,7 @@ import grpc
 from kvmesh.services.channels import Channels
 from kvmesh.services.owned_tasks import OwnedTasks
 from kvmesh.services.peers import Peers
+from kvmesh.services.queue_locator import QueueLocator
 from kvmesh.services.router_views import RouterView
 from kvmesh.services.totals_views import TotalsView
 from kvmesh.v1 import frontend_pb2, prefill_queue_pb2, prefill_queue_pb2_grpc
@@ -22,7 +23,7 @@ class TopologyView:
         """Look at `router` and `totals`; ask the queue that `peers` names from `start` on."""
         self._router = router
         self._totals = totals
-        self._peers = peers
+        self._queues = QueueLocator(peers=peers, channels=channels)
         self._channels = channels
         self._queue: frontend_pb2.QueueStats | None = None
         self._tasks = OwnedTasks()
@@ -56,7 +57,7 @@ class TopologyView:
         await asyncio.gather(self._ask_queue(), self._router.refresh(), self._totals.refresh())
 
     async def _ask_queue(self) -> None:
-        address = self._peers.queue_address()
+        address = self._queues.address()
         if address is None:
             self._queue = None
             return

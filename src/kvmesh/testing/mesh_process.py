@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 PROGRAM = str(Path(sysconfig.get_path("scripts")) / "kvmesh")
 """The installed command."""
@@ -35,30 +35,31 @@ def run_kvmesh(*arguments: str, **environment: str) -> subprocess.CompletedProce
     )
 
 
-class MeshProcess:
-    """`kvmesh up` on free ports, ready when the `with` block begins; what still runs at its end is killed."""
+class LoggingProcess:
+    """A command of kvmesh that runs until it is stopped; ready when the `with` block begins, killed at its end."""
 
-    def __init__(self, *flags: str, redirections: str = ">/dev/null") -> None:
-        """Take flags of `kvmesh up`, and where the shell connects the process, e.g. `>&-` to close its stdout."""
-        self._flags = ("--http-port", "0", "--grpc-port", "0", "--log-format", "json", *flags)
+    def __init__(self, *arguments: str, ready_event: str, redirections: str = ">/dev/null") -> None:
+        """`ready_event` is logged when it is ready; `redirections` are the shell's, e.g. `>&-` to close its stdout."""
+        self._arguments = (*arguments, "--log-format", "json")
+        self._ready_event = ready_event
         self._redirections = redirections
         self._changed = threading.Condition()  # its lock is reentrant: a predicate may look at the log
         self._lines: list[str] = []
         self._has_ended = False
         self._ready: dict[str, Any] = {}
 
-    def __enter__(self) -> "MeshProcess":
+    def __enter__(self) -> Self:
         self._process = subprocess.Popen(
-            ["sh", "-c", f'exec "$0" "$@" {self._redirections}', PROGRAM, "up", *self._flags],
+            ["sh", "-c", f'exec "$0" "$@" {self._redirections}', PROGRAM, *self._arguments],
             env=clean_environment(),
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
         )
-        self._reader = threading.Thread(target=self._read, name="mesh-log", daemon=True)
+        self._reader = threading.Thread(target=self._read, name="log-reader", daemon=True)
         self._reader.start()
         try:
-            self._ready = self.wait_logged("mesh.ready")
+            self._ready = self.wait_logged(self._ready_event)
         except BaseException:
             self._kill()
             raise
@@ -68,11 +69,6 @@ class MeshProcess:
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._kill()
-
-    @property
-    def http_url(self) -> str:
-        """http://HOST:PORT."""
-        return str(self._ready["http"])
 
     @property
     def grpc_address(self) -> str:
@@ -138,6 +134,38 @@ class MeshProcess:
         self._reader.join(WAIT_S)
         assert self._process.stderr is not None
         self._process.stderr.close()
+
+
+class MeshProcess(LoggingProcess):
+    """`kvmesh up` on free ports."""
+
+    def __init__(self, *flags: str, redirections: str = ">/dev/null") -> None:
+        """Take flags of `kvmesh up`."""
+        ports = ("--http-port", "0", "--grpc-port", "0")
+        super().__init__("up", *ports, *flags, ready_event="mesh.ready", redirections=redirections)
+
+    @property
+    def http_url(self) -> str:
+        """http://HOST:PORT."""
+        return str(self._ready["http"])
+
+
+class RoleProcess(LoggingProcess):
+    """`kvmesh serve ROLE` on free ports, ready once it listens and is found."""
+
+    def __init__(self, role: str, *flags: str) -> None:
+        """Take flags of `kvmesh serve`; a frontend's HTTP port must be among them."""
+        super().__init__("serve", role, "--port", "0", *flags, ready_event="role.started")
+
+    @property
+    def http_url(self) -> str:
+        """http://HOST:PORT of a frontend."""
+        return str(self._ready["http"])
+
+    @property
+    def pid(self) -> int:
+        """The process."""
+        return self._process.pid
 
 
 def _parse(text: str) -> dict[str, Any] | None:

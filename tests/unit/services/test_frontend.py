@@ -17,6 +17,7 @@ from kvmesh.core.errors import MeshError, Reason, TryElsewhereError
 from kvmesh.runtime.interceptors import CallInterceptor
 from kvmesh.services.frontend import Frontend
 from kvmesh.services.processor_service import Processor
+from kvmesh.services.request_totals import RequestTotals
 from kvmesh.v1 import frontend_pb2, frontend_pb2_grpc, generation_pb2, processor_pb2, processor_pb2_grpc
 from kvmesh.wire import error_catalog
 from kvmesh.wire.generation import Delta, Event
@@ -89,7 +90,7 @@ async def serve(generator: ScriptedGenerator) -> AsyncIterator[Doors]:
     frontend = Frontend(generator=generator, topology=numbered_topologies(), request_timeout_s=REQUEST_TIMEOUT_S)
     server = grpc.aio.server(interceptors=(CallInterceptor(),))
     frontend_pb2_grpc.add_FrontendServicer_to_server(frontend, server)
-    processor_pb2_grpc.add_ProcessorServicer_to_server(Processor(generator), server)
+    processor_pb2_grpc.add_ProcessorServicer_to_server(Processor(generator, totals=RequestTotals()), server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     try:
@@ -332,7 +333,7 @@ async def test_processor_streams_the_same_events_under_the_frontends_id() -> Non
         responses = [response async for response in doors.processor.Generate(request, timeout=GENEROUS_S)]
 
     assert [response.WhichOneof("event") for response in responses] == ["started", "chunk", "chunk", "finished"]
-    assert responses[1].chunk == generation_pb2.Chunk(text="Hello", token_ids=[7, 8])
+    assert responses[1].chunk == generation_pb2.Chunk(text="Hello", token_ids=[7, 8], pieces=["Hel", "lo"])
     assert generator.requests == [ask()]
     assert generator.request_ids == [request_id]
 

