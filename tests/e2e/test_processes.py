@@ -101,6 +101,13 @@ def test_a_store_in_memory_is_refused_for_processes() -> None:
     assert "--discovery etcd" in refused.stderr
 
 
+def test_a_store_without_processes_is_refused() -> None:
+    refused = run_kvmesh("up", "--discovery", "etcd")
+
+    assert refused.returncode == 2
+    assert "add --processes" in refused.stderr
+
+
 def test_a_role_without_a_store_is_refused() -> None:
     refused = run_kvmesh("serve", "decode")
 

@@ -6,7 +6,7 @@ then the queue and what was separate; then what they shared.
 
 import asyncio
 
-from kvmesh.core.errors import Reason, TryElsewhereError
+from kvmesh.core.errors import FixRequestError, Reason, TryElsewhereError
 from kvmesh.core.roster import WorkerRole
 from kvmesh.discovery.memory import MemoryDiscovery
 from kvmesh.runtime.composition import Composition
@@ -29,6 +29,13 @@ class Mesh:
 
         Raises: FixRequestError(INVALID_FIELD) naming the setting and the fix.
         """
+        if settings.discovery.store not in ("auto", "memory"):
+            raise FixRequestError(
+                Reason.INVALID_FIELD,
+                f"one process needs no store such as {settings.discovery.store!r}: "
+                "add --processes, or run each role by `kvmesh serve`",
+                field="discovery.store",
+            )
         self._discovery = MemoryDiscovery()
         make = Composition(settings, discovery=self._discovery, network=MemoryNetwork(), plan=plan)
         make.check()
