@@ -135,6 +135,7 @@ async def test_list_shows_every_service(server: GrpcServer, stub: Any) -> None:
     listed = (await stub.List(health_pb2.HealthListRequest(), timeout=GENEROUS_S)).statuses
 
     assert {name: response.status for name, response in listed.items()} == {
+        "liveness": SERVING,
         "": SERVING,
         "kvmesh.v1.WorkerControl": SERVING,
         "kvmesh.v1.Other": NOT_SERVING,

@@ -13,18 +13,20 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kvmesh.core.errors import NotKnownError, Reason, TryElsewhereError
 
+LIVENESS = "liveness"
+"""Name that is SERVING as long as the process answers, through a drain too: a restart would cut what may still end."""
 SERVICE_NAME: str = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 _Response = health_pb2.HealthCheckResponse
 
 
 class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # grpcio-health-checking has no types
-    """Which services serve; "" is the process itself (liveness), never derived from the others.
+    """Which services serve; "" is the process itself, never derived from the others.
 
     A watcher always gets the latest state; states that came and went while it was being written to are skipped.
     """
 
     def __init__(self) -> None:
-        self._statuses: dict[str, int] = {}
+        self._statuses: dict[str, int] = {LIVENESS: _Response.SERVING}
         self._draining = False
         self._closed = False
         self._changed = asyncio.Event()
@@ -37,10 +39,12 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # grpcio-he
         self._notify()
 
     def drain(self) -> None:
-        """Report NOT_SERVING for every service, for good. Idempotent."""
+        """Report NOT_SERVING for every service but the liveness, for good. Idempotent."""
         self._draining = True
-        for service in self._statuses:
-            self._statuses[service] = _Response.NOT_SERVING
+        self._statuses = {
+            service: status if service == LIVENESS else _Response.NOT_SERVING
+            for service, status in self._statuses.items()
+        }
         self._notify()
 
     def close(self) -> None:

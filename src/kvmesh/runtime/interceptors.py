@@ -23,7 +23,7 @@ from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 
 from kvmesh import telemetry
-from kvmesh.core.errors import FixRequestError, MeshError, Reason, TryElsewhereError
+from kvmesh.core.errors import FixRequestError, MeshError, NotServedError, Reason, TryElsewhereError
 from kvmesh.core.waits import Waits
 from kvmesh.services.stalled_clients import Writes, while_client_reads
 from kvmesh.wire import error_catalog
@@ -93,10 +93,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler:
-        """Return the handler of a method inside its frame; None where the method is unknown."""
+        """Return the handler of a method inside its frame; of an unknown one, a refusal that nothing counts or logs."""
         handler = await continuation(handler_call_details)
         if handler is None:
-            return None
+            return _UNKNOWN_METHOD
         path = handler_call_details.method
         known = self._wrapped.get(path)
         if known is None or known[0] is not handler:
@@ -261,6 +261,18 @@ async def _abort(context: Any, error: MeshError) -> None:
             await context.abort_with_status(rpc_status.to_status(error_catalog.to_status(error)))
     except (TimeoutError, grpc.aio.InternalError) as exc:  # nothing is read, or the client has gone meanwhile
         raise asyncio.CancelledError from exc  # the end that gRPC takes quietly
+
+
+async def _refuse_unknown_method(_requests: AsyncIterator[Any], context: Any) -> None:
+    """Refuse as every other call is refused, where gRPC itself would send a code without a reason."""
+    await _abort(
+        context, NotServedError(Reason.UNIMPLEMENTED, "There is no such method: reflection lists those there are.")
+    )
+
+
+_UNKNOWN_METHOD: Handler = grpc.stream_stream_rpc_method_handler(_refuse_unknown_method)
+"""Whatever the method's form, its client accepts an end without any message. Names come from strangers, so none becomes
+a metric's label."""
 
 
 def _code_of_departure(context: Any) -> grpc.StatusCode:

@@ -1,6 +1,7 @@
 """One role in this process, found by those of others: what `kvmesh serve` runs."""
 
 import asyncio
+import socket
 from typing import Protocol
 
 from prometheus_client import start_http_server
@@ -19,6 +20,8 @@ log = telemetry.logger(__name__)
 FRONTEND = "frontend"
 ROLES = (FRONTEND, *(role.value for role in WorkerRole))
 """What can be served."""
+
+_WILDCARDS = ("0.0.0.0", "::", "[::]")  # recognised, not bound
 
 
 class _MetricsServer(Protocol):
@@ -80,7 +83,7 @@ def _make(role: str, settings: Settings, discovery: Discovery) -> Role:
     process = settings.process
     make = Composition(settings, discovery=discovery)
     node, index = node_name(settings), process.index
-    listen = Listen(process.host, process.port, process.advertise)
+    listen = Listen(process.host, process.port, process.advertise or _reached_by(process.host))
     if role == FRONTEND:
         return make.gateway(node=node, index=index)
     match WorkerRole(role):
@@ -92,3 +95,8 @@ def _make(role: str, settings: Settings, discovery: Discovery) -> Role:
             return make.processor(node=node, index=index, listen=listen)
         case worker:
             return make.worker(worker, node=node, index=index, listen=listen)
+
+
+def _reached_by(host: str) -> str:
+    """Return the name of this machine where every address of it is bound, and none of them says where that is."""
+    return socket.gethostname() if host in _WILDCARDS else ""

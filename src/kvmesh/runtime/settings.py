@@ -189,7 +189,7 @@ class ProcessSettings(Section):
     port: Port = 0
     """gRPC port to bind; 0 = any free one."""
     advertise: str = ""
-    """Host by which others reach this process; "" = the one it binds."""
+    """Host by which others reach this process; "" = the one it binds, or the host's name where it binds all."""
     node: str = ""
     """The node's name in the ids of what runs here; "" = the host's name."""
     index: int = Field(default=0, ge=0, le=1_000_000)
@@ -250,6 +250,14 @@ class Settings(BaseSettings):
                     f"{key} = {host!r} leaves loopback, where anyone could use the mesh: "
                     "pass --insecure (insecure = true) if the network is trusted, or keep 127.0.0.1"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _refuse_doors_on_one_port(self) -> "Settings":
+        http, grpc = self.http, self.grpc
+        wildcards = {"0.0.0.0", "::"}
+        if http.port == grpc.port != 0 and (http.host == grpc.host or wildcards & {http.host, grpc.host}):
+            raise ValueError(f"http.port = grpc.port = {http.port}: the two doors need a port each")
         return self
 
     @classmethod

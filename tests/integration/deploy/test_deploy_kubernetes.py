@@ -14,6 +14,7 @@ import yaml
 
 from kvmesh.core.waits import Waits
 from kvmesh.runtime.engine_registry import plan_engine
+from kvmesh.runtime.health import LIVENESS
 from kvmesh.runtime.served_role import ROLES
 from kvmesh.runtime.server import CLEANUP_S, FLUSH_S
 from kvmesh.runtime.settings import Settings
@@ -170,7 +171,7 @@ def role_faults(manifests: Sequence[Manifest], serving: Serving, folder: Path) -
         if not waits + STOP_S < spec["terminationGracePeriodSeconds"]:
             yield f"{component} is killed before it is drained"
         liveness = container["livenessProbe"]
-        if not liveness["periodSeconds"] * (liveness["failureThreshold"] - 1) > STOP_S:
+        if "grpc" in liveness and liveness["grpc"].get("service") != LIVENESS:
             yield f"{component}: its liveness ends a drain"
 
 
@@ -235,7 +236,7 @@ BROKEN = [
     Break("every-role.yaml", "status.podIP", "metadata.name", "tells others"),
     Break("every-role.yaml", "configMap: {name: kvmesh-settings}", "configMap: {name: settings}", "is not there"),
     Break("every-role.yaml", "mountPath: /etc/kvmesh,", "mountPath: /etc/settings,", "exit code 2"),
-    Break("every-role.yaml", "failureThreshold: 6", "failureThreshold: 3", "liveness ends a drain"),
+    Break("every-role.yaml", "50051, service: liveness", "50051", "liveness ends a drain"),
     Break("every-role.yaml", "grpc: {port: 50051}", "grpc: {port: 50052}", "asks at port 50052"),
     Break("every-role.yaml", "enableServiceLinks: false", "enableServiceLinks: true", "taken for settings"),
     Break("kvmesh.toml", "metrics_port", "metric_port", "exit code 2"),
