@@ -166,3 +166,44 @@ def _read_rest(terminal: int) -> str:
     except OSError:  # how Linux tells that the other end is closed
         pass
     return raw.decode(errors="replace")
+
+
+def test_a_full_disk_under_stdout_is_one_line_and_1() -> None:
+    with MeshProcess("--decode", "1") as mesh, open("/dev/full", "w") as full:
+        status = (PROGRAM, "status", "--target", mesh.grpc_address)
+        for command in (status, (*status, "--json"), (PROGRAM, "config", "show"), (PROGRAM, "version")):
+            done = subprocess.run(
+                command,
+                env=clean_environment(),
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+                timeout=WAIT_S,
+                check=False,
+            )
+
+            assert done.stderr == "error: the output cannot be written: No space left on device\n"
+            assert done.returncode == 1
+
+
+def test_a_mesh_that_dies_within_a_stream_is_told_as_such() -> None:
+    slow = ("--decode", "1", "--prefill", "0", "--engine", "simulated", "--speedup", "0.01")
+    with MeshProcess(*slow) as mesh:
+        process = subprocess.Popen(
+            [PROGRAM, "generate", "hello", "--target", mesh.grpc_address],
+            env=clean_environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            assert process.stdout is not None
+            assert process.stdout.read(1)
+            mesh.send_signal(signal.SIGKILL)
+            _, error = process.communicate(timeout=WAIT_S)
+        finally:
+            process.kill()
+
+    assert process.returncode == 1
+    address = re.escape(mesh.grpc_address)
+    assert re.fullmatch(rf"error: the stream broke after \d+ tokens?: the connection to {address} was lost\n", error)

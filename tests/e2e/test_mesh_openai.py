@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
@@ -189,3 +190,24 @@ async def test_a_worker_that_is_lost_mid_stream_is_an_error_inside_the_iterator(
 
         assert words == ["a ", "b ", "c "]
         assert lost.value.code == "worker_lost"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("chat/completions", {"messages": [{"role": "user", "content": ""}]}, "messages"),
+        ("completions", {"prompt": [1, 2, 3]}, "prompt"),
+    ],
+    ids=["messages-without-text", "tokens-for-workers-that-read-text"],
+)
+async def test_what_is_refused_behind_the_door_is_named_as_the_door_names_it(
+    path: str, body: dict[str, Any], param: str
+) -> None:
+    async with running_mesh(engine__name="echo") as mesh:
+        url = f"http://{mesh.http_address}/v1/"
+        async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=10) as http:
+            response = await http.post(path, json=body)
+
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, param)
+    assert "prompt." not in error["message"]

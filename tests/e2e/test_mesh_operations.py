@@ -152,24 +152,25 @@ async def test_watched_topologies_show_a_request_come_and_go() -> None:
 
 
 @pytest.mark.parametrize(
-    "hints",
+    ("field", "hints"),
     [
-        {"pinned_worker_id": "NODE9/decode/9"},
-        {"allowed_worker_ids": ["NODE9/decode/9"]},
-        {"excluded_worker_ids": DECODE_IDS},
-        {"required_labels": {"zone": "nowhere"}},
-        {"pinned_worker_id": DECODE_IDS[0], "allowed_worker_ids": [DECODE_IDS[1]]},
-        {"pinned_worker_id": DECODE_IDS[0], "excluded_worker_ids": [DECODE_IDS[0]]},
-        {"pinned_worker_id": "NODE3/prefill/0"},
+        ("pinned_worker_id", {"pinned_worker_id": "NODE9/decode/9"}),
+        ("allowed_worker_ids", {"allowed_worker_ids": ["NODE9/decode/9"]}),
+        ("excluded_worker_ids", {"excluded_worker_ids": DECODE_IDS}),
+        ("required_labels", {"required_labels": {"zone": "nowhere"}}),
+        ("pinned_worker_id", {"pinned_worker_id": DECODE_IDS[0], "allowed_worker_ids": [DECODE_IDS[1]]}),
+        ("pinned_worker_id", {"pinned_worker_id": DECODE_IDS[0], "excluded_worker_ids": [DECODE_IDS[0]]}),
+        ("pinned_worker_id", {"pinned_worker_id": "NODE3/prefill/0"}),
     ],
     ids=["unknown", "none-allowed", "all-excluded", "no-label", "pinned-not-allowed", "pinned-excluded", "of-prefill"],
 )
-async def test_hints_that_nobody_matches_are_refused_at_once(hints: dict[str, Any]) -> None:
+async def test_hints_that_nobody_matches_are_refused_at_once(field: str, hints: dict[str, Any]) -> None:
     async with open_doors(waits__route_s=20.0) as doors:
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await generate(doors.frontend, "Where to?", routing=generation_pb2.RoutingHints(**hints), timeout_s=ASK_S)
 
-        assert from_rpc_error(refused.value).reason is Reason.NO_MATCHING_WORKER
+        error = from_rpc_error(refused.value)
+        assert (error.reason, error.field) == (Reason.NO_MATCHING_WORKER, f"routing.{field}")
 
 
 async def test_a_pinned_worker_serves_what_is_pinned_to_it() -> None:

@@ -112,3 +112,16 @@ async def test_a_client_without_a_prompt_is_told_so() -> None:
 
         assert response.status_code == 400
         assert response.json()["details"][0]["reason"] == "EMPTY_PROMPT"
+
+
+async def test_an_answer_that_was_cut_short_says_so() -> None:
+    prompt = " ".join(["word"] * 200)
+    async with running_mesh(mesh__prefill=0) as mesh, http_client(mesh) as client:
+        cut = (await client.post("/generate", json={"prompt": prompt})).json()
+        sampling = {"max_tokens": 300}
+        whole = (await client.post("/generate", json={"prompt": prompt, "sampling": sampling})).json()
+
+    assert cut["finish_reason"] == "FINISH_REASON_LENGTH"
+    assert len(cut["worker_output"].split()) == 128
+    assert whole.keys() == {"worker_output", "request_id"}
+    assert whole["worker_output"].startswith(f"{prompt}_GeneratedBy_NODE")

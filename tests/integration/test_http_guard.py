@@ -21,7 +21,7 @@ class WorkerControl(worker_control_pb2_grpc.WorkerControlServicer):
     def __init__(self) -> None:
         self.drained = 0
 
-    async def Drain(  # type: ignore[override]  # the context is ours, as gRPC's is in the other door
+    async def Drain(
         self, request: worker_control_pb2.DrainRequest, context: object
     ) -> worker_control_pb2.DrainResponse:
         self.drained += 1

@@ -303,8 +303,8 @@ async def test_a_stream_is_a_line_of_json_per_message(door: Door) -> None:
     assert response.status_code == 200
     assert response.headers["content-type"] == "application/x-ndjson"
     first, second, last = lines_of(response)
-    assert first == {"result": {"chunk": {"text": "a", "token_ids": []}}}
-    assert second == {"result": {"chunk": {"text": "b", "token_ids": []}}}
+    assert first == {"result": {"chunk": {"text": "a", "token_ids": [], "pieces": []}}}
+    assert second == {"result": {"chunk": {"text": "b", "token_ids": [], "pieces": []}}}
     assert last == {"result": {"finished": {"reason": "FINISH_REASON_UNSPECIFIED"}}}
 
 
@@ -313,7 +313,9 @@ async def test_a_stream_is_events_where_they_are_accepted(door: Door) -> None:
 
     assert response.headers["content-type"].startswith("text/event-stream")
     events = response.text.split("\n\n")
-    assert json.loads(events[0].removeprefix("data: ")) == {"result": {"chunk": {"text": "a", "token_ids": []}}}
+    assert json.loads(events[0].removeprefix("data: ")) == {
+        "result": {"chunk": {"text": "a", "token_ids": [], "pieces": []}}
+    }
     assert events[3:] == [""]
 
 
@@ -424,7 +426,7 @@ async def test_an_unknown_path_is_not_found(door: Door) -> None:
     ("verb", "path", "allowed"),
     [
         ("GET", "/generate", "POST"),
-        ("POST", "/mesh/v1/models", "GET"),
+        ("POST", "/mesh/v1/models", "GET, HEAD"),
         ("DELETE", "/mesh/v1/workers/a:drain", "POST"),
     ],
 )
@@ -434,6 +436,21 @@ async def test_a_wrong_verb_is_refused_with_the_right_one(door: Door, verb: str,
     assert response.status_code == 405
     assert response.headers["allow"] == allowed
     assert response.json()["code"] == 12
+
+
+@pytest.mark.parametrize(
+    ("path", "content_type"),
+    [
+        ("/mesh/v1/models", "application/json"),
+        ("/mesh/v1/topology:watch", "application/x-ndjson"),
+        ("/healthz", "text/plain; charset=utf-8"),
+    ],
+)
+async def test_head_is_a_get_without_its_body(door: Door, path: str, content_type: str) -> None:
+    response = await door.client.head(path)
+
+    assert (response.status_code, response.content) == (200, b"")
+    assert response.headers["content-type"] == content_type
 
 
 async def test_malformed_json_is_refused_with_its_position(door: Door) -> None:

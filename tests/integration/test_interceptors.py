@@ -13,6 +13,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 from prometheus_client import REGISTRY
 
+from kvmesh import telemetry
 from kvmesh.core.errors import BackOffError, FixRequestError, MeshError, NotKnownError, Reason, TryElsewhereError
 from kvmesh.runtime.server import GrpcServer
 from kvmesh.v1 import (
@@ -390,11 +391,20 @@ async def test_methods_nobody_wrote_are_unimplemented() -> None:
         assert [info.reason for info in details_of(error, error_details_pb2.ErrorInfo)] == ["UNIMPLEMENTED"]
 
 
-async def test_method_of_no_service_is_unimplemented() -> None:
+async def test_method_of_no_service_is_unimplemented_with_a_reason_and_counted_nowhere() -> None:
+    path = "/kvmesh.v1.Nowhere/Nothing"
     async with channel_to(GrpcServer()) as channel:
-        error = await failure(raw(channel, "/kvmesh.v1.Nowhere/Nothing")(b"", timeout=GENEROUS_S))
+        untyped: Any = channel
+        errors = [
+            await failure(untyped.unary_unary(path)(b"", timeout=GENEROUS_S)),
+            await failure(untyped.unary_stream(path)(b"", timeout=GENEROUS_S).read()),
+            await failure(untyped.stream_unary(path)(iter([b"", b""]), timeout=GENEROUS_S)),
+        ]
 
-    assert error.code() is grpc.StatusCode.UNIMPLEMENTED
+    for error in errors:
+        assert error.code() is grpc.StatusCode.UNIMPLEMENTED
+        assert [info.reason for info in details_of(error, error_details_pb2.ErrorInfo)] == ["UNIMPLEMENTED"]
+    assert b"Nowhere" not in telemetry.exposition()
 
 
 @pytest.mark.parametrize("path", ["/kvmesh.v1.WorkerControl/GetInfo", "/kvmesh.v1.WorkerEvents/WatchLoad"])

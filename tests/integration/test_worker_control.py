@@ -134,6 +134,15 @@ async def test_drain_is_forwarded_to_the_worker_that_is_named(group: WorkerGroup
     assert not (await group.info(other)).draining
 
 
+async def test_forwarded_drain_that_names_no_worker_is_told_to(group: WorkerGroup) -> None:
+    async with forwarding(group) as control:
+        with pytest.raises(grpc.aio.AioRpcError, match="name the worker") as caught:
+            await control.Drain(worker_control_pb2.DrainRequest(), timeout=GENEROUS_S)
+
+    error = from_rpc_error(caught.value)
+    assert (error.reason, error.field) == (Reason.INVALID_FIELD, "worker_id")
+
+
 async def test_forwarded_drain_of_an_unknown_worker_is_refused(group: WorkerGroup) -> None:
     async with forwarding(group) as control:
         with pytest.raises(grpc.aio.AioRpcError) as caught:

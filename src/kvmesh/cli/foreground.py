@@ -15,6 +15,7 @@ from kvmesh import telemetry
 from kvmesh.cli import STARTED_S
 from kvmesh.cli.log_stream import QueuedStream, queued_stderr
 from kvmesh.cli.options import CommandFailed
+from kvmesh.runtime.heap import settle_heap
 from kvmesh.runtime.settings import LogSettings
 from kvmesh.services.channels import PortTakenError
 from kvmesh.v1 import frontend_pb2
@@ -101,6 +102,7 @@ async def serve(mesh: _Running, show: Callable[[_Running], Awaitable[None]]) -> 
     try:
         async with _until_signalled():
             await _start(mesh)
+            settle_heap()
             await show(mesh)
     finally:
         await mesh.stop()
@@ -112,7 +114,7 @@ async def _start(mesh: Startable) -> None:
     except PortTakenError:
         raise  # says what to do
     except OSError as exc:
-        raise CommandFailed(f"{exc.strerror or exc}: check the hosts and ports to listen on") from exc
+        raise CommandFailed(f"{exc.strerror or exc}: check --http-host, --grpc-host or --host") from exc
 
 
 async def show_by_log(mesh: ForegroundMesh) -> None:

@@ -113,7 +113,9 @@ def _file_entries(tree: type[BaseSettings], path: Path | None) -> dict[str, _Ent
         data = reader(tree, path)()
     # TOML's errors are ValueErrors; YAML's have their own root, which only that reader imports.
     except Exception as error:
-        raise SettingsError(f"{path}: cannot be read: {error}") from error
+        is_no_table = path.suffix != ".toml" and isinstance(error, TypeError | ValueError)
+        problem = "it holds no sections, as in `mesh: {decode: 4}`" if is_no_table else " ".join(str(error).split())
+        raise SettingsError(f"{path}: cannot be read: {problem}") from error
     origin = f"file {path}"
     sections = {leaf.rpartition(".")[0] for leaf in dict(_leaves(tree))}
     # In YAML a section without entries, e.g. all commented out, reads as null.

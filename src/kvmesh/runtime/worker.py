@@ -16,7 +16,7 @@ from kvmesh.core.roster import WorkerRecord, WorkerRole
 from kvmesh.core.waits import Waits
 from kvmesh.discovery.discovery import Discovery, Registration
 from kvmesh.engines.engine import Engine
-from kvmesh.runtime.role import Listen, Service
+from kvmesh.runtime.role import Listen, Service, stop_all
 from kvmesh.runtime.server import GrpcServer
 from kvmesh.services.channels import Channels
 from kvmesh.services.engine_driver import EngineDriver
@@ -158,7 +158,7 @@ class Worker:
         try:
             await self._start()
         except BaseException:
-            await self.aclose()
+            await stop_all((self._deregister, self.aclose))
             raise
 
     async def _start(self) -> None:
@@ -200,9 +200,8 @@ class Worker:
         log.info("worker.stopped", worker_id=self.identity.worker_id)
 
     async def aclose(self) -> None:
-        """Close everything at once; what runs fails. Idempotent."""
+        """Close everything at once, leaving the record to its lease, as a killed process does; what runs fails."""
         parts = self._parts
-        await self._deregister()
         await self._tasks.aclose()
         parts.events.close()
         await self._work.aclose()

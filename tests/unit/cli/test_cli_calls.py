@@ -82,6 +82,10 @@ class Frontend(frontend_pb2_grpc.FrontendServicer):
         prompt = request.prompt.text
         if prompt == "":
             raise FixRequestError(Reason.EMPTY_PROMPT, "", field="prompt.text")
+        if prompt == "hot":
+            raise FixRequestError(
+                Reason.INVALID_FIELD, "sampling.temperature: 9 is out of range", field="sampling.temperature"
+            )
         if prompt == "overload":
             raise BackOffError(Reason.OVERLOADED, "", retry_after_s=1.5)
         yield frontend_pb2.GenerateResponse(started=_started(request))
@@ -294,6 +298,7 @@ async def test_generate_fails_when_the_stream_ends_without_a_result(mesh: MeshSe
     ("prompt", "error"),
     [
         ("", "EMPTY_PROMPT: The prompt is empty: send at least one token of text. (field prompt.text)"),
+        ("hot", "INVALID_FIELD: sampling.temperature: 9 is out of range"),
         (
             "overload",
             "OVERLOADED: Every eligible worker is at its limit: back off and retry. (try again in 1.5 s)",

@@ -59,6 +59,16 @@ def test_a_worker_without_a_pool_has_no_bar() -> None:
     assert "0/0" not in screen
 
 
+def test_nothing_of_the_table_is_cut_on_a_terminal_of_80_columns() -> None:
+    topology = mesh_of(decode_worker(10, active_blocks=16_384, total_blocks=16_384, prefix_hit_rate=1.0))
+    topology.workers[0].state = frontend_pb2.WORKER_STATE_DRAINING
+
+    heading, row = rendered(topology_view(topology, width=80), width=80).splitlines()[:2]
+
+    assert heading.split() == ["worker", "role", "state", "active", "waiting", "blocks", "cache", "hits"]
+    assert row.split() == ["NODE10/decode/0", "decode", "draining", "0", "0", "16384/16384", "100%"]
+
+
 def test_queue_and_requests_are_told_in_words() -> None:
     topology = mesh_of(decode_worker(1))
     topology.queue.CopyFrom(frontend_pb2.QueueStats(depth=3, leased=2, dead=1))

@@ -35,6 +35,35 @@ def test_a_field_that_does_not_parse_is_named_by_its_path(text: bytes, field: st
 
 
 @pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ({"prompt": {"text": 1}}, "prompt.text: must be text"),
+        ({"sampling": {"stop": [[]]}}, "sampling.stop[0]: must be text"),
+        ({"sampling": {"max_tokens": "x"}}, "sampling.max_tokens: must be a whole number, 0 to 4294967295"),
+        ({"sampling": {"max_tokens": -1}}, "sampling.max_tokens: must be a whole number, 0 to 4294967295"),
+        ({"sampling": {"temperature": {}}}, "sampling.temperature: must be a number"),
+        ({"sampling": {"ignore_eos": "yes"}}, "sampling.ignore_eos: must be true or false"),
+        ({"routing": {"required_labels": {"a": 1}}}, "routing.required_labels[a]: must be text"),
+        ({"routing": {"required_labels": [1]}}, "routing.required_labels: must be a JSON object"),
+        ({"prompt": {"text": "a", "tokenIds": {}}}, "prompt: set only one of text, token_ids"),
+    ],
+)
+def test_what_a_field_takes_is_told_in_the_words_of_json(value: object, told: str) -> None:
+    with pytest.raises(FixRequestError) as refused:
+        merge_json(value, frontend_pb2.GenerateRequest())
+
+    assert refused.value.message == told
+
+
+@pytest.mark.parametrize("interval", [5, {}, "5", "1e9s"])
+def test_a_duration_is_told_by_an_example(interval: object) -> None:
+    with pytest.raises(FixRequestError) as refused:
+        merge_json({"interval": interval}, frontend_pb2.WatchTopologyRequest())
+
+    assert refused.value.message == 'interval: must be seconds as text, e.g. "1.5s"'
+
+
+@pytest.mark.parametrize(
     ("text", "position"),
     [(b'{"prompt":', "line 1 column 11"), (b'{\n  "a": nope}', "line 2 column 8"), (b"", "line 1 column 1")],
 )

@@ -128,6 +128,13 @@ def test_what_is_not_served_is_refused_by_its_name(fields: dict[str, Any], field
     assert refused.value.message.startswith(f"{field}: ")
 
 
+def test_a_field_called_as_a_type_is_named_too() -> None:
+    with pytest.raises(FixRequestError) as refused:
+        parse_body({"prompt": "a", "str": 1}, CompletionRequest)
+
+    assert refused.value.message == "str: not supported: leave it out"
+
+
 @pytest.mark.parametrize("prompt", [["a", "b"], [[1], [2]], {"a": 1}, [1, -1], [1, "a"]])
 def test_a_completion_refuses_other_prompts(prompt: object) -> None:
     with pytest.raises(FixRequestError) as refused:

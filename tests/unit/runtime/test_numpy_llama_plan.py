@@ -62,7 +62,7 @@ def test_model_from_50_million_parameters_on_is_not_tiny(folder: Path) -> None:
         ({"model": None}, "engine.model", "needs a model: --model DIR"),
         ({"speedup": 2.0}, "engine.speedup", "numpy_llama models no time"),
         ({"options": {"dtype": "bfloat16"}}, "dtype", "not one of float32, float64"),
-        ({"options": {"blok_size": "1"}}, "blok_size", "no option of the numpy_llama engine: the nearest is block_size"),
+        ({"options": {"blok_size": "1"}}, "blok_size", "of the numpy_llama engine: the nearest is block_size"),
     ],
 )
 def test_what_it_cannot_be_is_refused_by_name(folder: Path, changes: dict[str, Any], field: str, named: str) -> None:

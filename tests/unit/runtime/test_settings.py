@@ -123,6 +123,16 @@ def test_loopback_is_what_only_this_machine_can_reach(host: str, expected: bool)
     assert is_loopback(host) is expected
 
 
+def test_two_doors_on_one_port_are_refused() -> None:
+    assert fault_of(http__port=9000, grpc__port=9000) == "http.port = grpc.port = 9000: the two doors need a port each"
+
+
+def test_any_free_port_is_another_for_each_door() -> None:
+    settings = load_settings(overrides={"http.port": 0, "grpc.port": 0}).settings
+
+    assert (settings.http.port, settings.grpc.port) == (0, 0)
+
+
 def test_node_names_are_split_at_commas_and_taken_round_robin() -> None:
     mesh = load_settings(overrides={"mesh.node_names": "A, B"}).settings.mesh
 

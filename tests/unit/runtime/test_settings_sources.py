@@ -211,7 +211,8 @@ def test_faults_of_all_sources_are_told_at_once(toml: Path, monkeypatch: pytest.
         ("mesh.toml", None, "no such settings file"),
         ("mesh.toml", "[mesh\n", "cannot be read: "),
         ("mesh.yaml", "mesh: [\n", "cannot be read: "),
-        ("mesh.yaml", "- 1\n- 2\n", "cannot be read: "),
+        ("mesh.yaml", "- 1\n- 2\n", "cannot be read: it holds no sections, as in `mesh: {decode: 4}`"),
+        ("mesh.yaml", "text\n", "cannot be read: it holds no sections, as in `mesh: {decode: 4}`"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_named(tmp_path: Path, name: str, text: str | None, fault: str) -> None:
@@ -223,6 +224,7 @@ def test_a_file_that_cannot_be_used_is_named(tmp_path: Path, name: str, text: st
         load_settings(config_file=file)
 
     assert str(refusal.value).startswith(f"{file}: {fault}")
+    assert "\n" not in str(refusal.value)
 
 
 def test_json_that_cannot_be_read_names_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
