@@ -7,7 +7,7 @@ UV := $(BIN)/uv
 GENERATED ?= generated
 PROTO_FILES = $(sort $(wildcard protos/kvmesh/v1/*.proto protos/kvmesh/etcd/v1/*.proto))
 
-.PHONY: help install install-dev run test check lint types protos proto-lint bench lock clean
+.PHONY: help install install-dev run test check lint types protos proto-lint bench bench-grpc bench-replay bench-peers-install lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk 'BEGIN {FS = ":.*## "} {printf "  %-12s %s\n", $$1, $$2}'
@@ -74,8 +74,19 @@ protos: .venv-protos/.installed build/googleapis ## Generate the Python code of 
 	  --python_out=$(GENERATED) --grpc_python_out=$(GENERATED) --mypy_out=quiet:$(GENERATED) --mypy_grpc_out=quiet:$(GENERATED) \
 	  $(PROTO_FILES)
 
-bench: install-dev ## Measure what serving costs: a table on stderr, one JSON object on stdout
+bench: install-dev ## Measure what serving costs, beside a peer: a table on stderr, one JSON object on stdout
 	@$(BIN)/python bench/serving.py
+
+bench-grpc: install-dev ## Measure what serving costs through the gRPC door
+	@$(BIN)/python bench/grpc_door.py
+
+bench-replay: install-dev ## Replay TRACE (Mooncake's format) through a mesh of processes, for two policies
+	@test -n "$(TRACE)" || { echo "name a trace: make bench-replay TRACE=conversation_trace.jsonl" >&2; exit 2; }
+	@$(BIN)/python bench/replay.py "$(TRACE)"
+
+bench-peers-install: install-dev ## Install what the benches compare with into .venv-peers (Linux)
+	@test -x .venv-peers/bin/python || $(UV) venv --quiet --python $(BIN)/python .venv-peers
+	$(UV) pip install --quiet --python .venv-peers/bin/python --override bench/peers/overrides.txt -r bench/peers/requirements.txt
 
 lock: $(VENV)/.installed ## Resolve the lock files anew
 	$(UV) pip compile --quiet --upgrade --universal --generate-hashes --no-annotate --no-header --extra etcd pyproject.toml -o requirements.lock

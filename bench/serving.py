@@ -1,210 +1,212 @@
-"""What serving costs: CPU seconds of a whole mesh in one process, per streamed token, at a fixed concurrency.
+"""What serving costs, beside a peer: HTTP streaming through /v1/chat/completions, CPU of every process of each side.
 
-    make bench                                        the table, and one JSON object on stdout
-    python bench/serving.py --profile serving.prof    the same once, under cProfile (the figures are then slower)
+    make bench                                       ours, and Dynamo where `make bench-peers-install` installed it
+    python bench/serving.py --runs 1 --load paced    a part of it, quickly
+    python bench/serving.py --profile FILE           ours alone under cProfile, saturated at 64 (slower, of course)
 
-The mesh runs `--engine simulated --speedup 0`: what is measured is the mesh and not a model. Load comes from this
-process, over gRPC or HTTP, in a closed loop: each of `--concurrency` clients sends its next request when one has ended.
+Both sides serve the same tokenizer with 4 simulated workers and stream one event per token to the same client, in turn:
+ours, peer, ours, peer; the figures are medians. See README.md beside this file.
 """
 
 import argparse
-import asyncio
 import json
 import os
 import platform
-import random
 import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Awaitable, Callable
-from dataclasses import asdict, dataclass
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
-import grpc
-import httpx
+from peers.load import LoadClient, Shape
+from peers.model_folder import write_model_folder
+from peers.sides import OURS, Pace, Side, dynamo_side, our_side
 from rich.console import Console
 from rich.table import Table
 
-from kvmesh.v1 import frontend_pb2, frontend_pb2_grpc, generation_pb2
+PEER_PYTHON = Path(__file__).parent.parent / ".venv-peers" / "bin" / "python"
+FIGURES = ("req_s", "tokens_s", "ttft_ms_p50", "ttft_ms_p99", "cpu_ms_per_request", "events_per_request")
+_SATURATED, _PACED = "saturated", "paced"
+_MODEL_NAME = "bench"
 
-_READY_S = 30.0
-_CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
+Figures = dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
-    """What is sent."""
+class Case:
+    """One load."""
 
-    door: str
-    requests: int
+    load: str
     concurrency: int
-    prompt_tokens: int
-    output_tokens: int
+    requests: int
+    pace: Pace = Pace()
+
+    def params(self, shape: Shape, *, workers: int, acknowledges_at_once: bool) -> dict[str, object]:
+        """Return what the report says of it."""
+        return {
+            "load": self.load,
+            "concurrency": self.concurrency,
+            "requests": self.requests,
+            "prompt_tokens": shape.prompt_tokens,
+            "output_tokens": shape.output_tokens,
+            "workers": workers,
+            "our_step_ms": None if self.pace.step_s is None else self.pace.step_s * 1e3,
+            "client_acknowledges_at_once": acknowledges_at_once,
+        }
 
 
-class MeshProcess:
-    """`kvmesh up` as a child, on free ports."""
-
-    def __init__(self, *, profile: Path | None) -> None:
-        """Start it and wait until it is ready."""
-        program = [sys.executable, *(["-m", "cProfile", "-o", str(profile)] if profile else [])]
-        self._child = subprocess.Popen(
-            [
-                *program, str(Path(sys.executable).with_name("kvmesh")), "up",
-                "--engine", "simulated", "--speedup", "0", "--decode", "2", "--prefill", "0",
-                "--http-port", "0", "--grpc-port", "0", "--log-format", "json",
-            ],
-            stderr=subprocess.PIPE,
-            text=True,
-        )  # fmt: skip
-        self.http, self.grpc = self._wait_ready()
-
-    def _wait_ready(self) -> tuple[str, str]:
-        assert self._child.stderr is not None
-        until = time.monotonic() + _READY_S
-        for line in self._child.stderr:
-            event = json.loads(line) if line.startswith("{") else {}
-            if event.get("event") == "mesh.ready":
-                return event["http"], event["grpc"]
-            if time.monotonic() > until:
-                break
-        raise SystemExit("the mesh did not become ready")
-
-    def cpu_s(self) -> float:
-        """Return the CPU seconds of all of its threads so far."""
-        fields = Path(f"/proc/{self._child.pid}/stat").read_text().rsplit(")", 1)[1].split()
-        return (int(fields[11]) + int(fields[12])) / _CLOCK_TICKS
-
-    def stop(self) -> None:
-        """End it."""
-        self._child.terminate()
-        self._child.communicate(timeout=60)
+# Our step times are those at which both sides serve as many requests per second: the peer's grow with its batches.
+CASES = (
+    Case(_SATURATED, 1, 200),
+    Case(_SATURATED, 16, 1000),
+    Case(_SATURATED, 64, 1500),
+    Case(_PACED, 64, 640, Pace(0.011)),
+    Case(_PACED, 256, 1536, Pace(0.019)),
+)
 
 
-def prompts(load: Load, *, seed: int) -> list[str]:
-    """Return prompts of `prompt_tokens` bytes (the simulated engine's default tokenizer has one token per byte)."""
-    rng = random.Random(seed)
-    return ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz ", k=load.prompt_tokens)) for _ in range(load.requests)]
+class Bench:
+    """The sides and the client."""
 
+    def __init__(self, given: argparse.Namespace, work: Path) -> None:
+        """Make what both sides are given."""
+        self.shape = Shape(_MODEL_NAME)
+        self._given = given
+        self._work = work
+        self._model = write_model_folder(work / "model")
+        self._client = LoadClient(work, acknowledges_at_once=not given.ordinary_client)
+        self._seed = 0
 
-async def drive(load: Load, send: Callable[[str], Awaitable[int]], texts: list[str]) -> int:
-    """Send every prompt, `concurrency` at a time; return the tokens that came back."""
-    left, tokens = iter(texts), 0
+    def measure_pace(self, cases: Sequence[Case]) -> list[dict[str, list[Figures]]]:
+        """Return the figures of each run by side, of cases that have one pace; the sides are started once for all."""
+        with ExitStack() as stack:
+            sides = [self._start_ours(stack, cases[0].pace)]
+            if (peer := self._start_peer(stack, cases[0].pace)) is not None:
+                sides.append(peer)
+            return [self._measure(case, sides) for case in cases]
 
-    async def client() -> None:
-        nonlocal tokens
-        for text in left:
-            count = await send(text)  # apart from the sum, which others change meanwhile
-            tokens += count
+    def profile(self, case: Case, file: Path) -> None:
+        """Run one case once with ours under cProfile, which writes `file` when the mesh stops."""
+        with ExitStack() as stack:
+            side = self._start_ours(stack, case.pace, [sys.executable, "-m", "cProfile", "-o", str(file.absolute())])
+            self._drive(case, side)
 
-    async with asyncio.TaskGroup() as group:
-        for _ in range(load.concurrency):
-            group.create_task(client())
-    return tokens
-
-
-async def over_grpc(mesh: MeshProcess, load: Load, texts: list[str]) -> int:
-    """Drive Frontend.Generate."""
-    async with grpc.aio.insecure_channel(mesh.grpc) as channel:
-        stub = frontend_pb2_grpc.FrontendStub(channel)
-
-        async def send(text: str) -> int:
-            request = frontend_pb2.GenerateRequest(
-                prompt=generation_pb2.Prompt(text=text),
-                sampling=generation_pb2.SamplingParams(max_tokens=load.output_tokens),
+    def _start_ours(self, stack: ExitStack, pace: Pace, prefix: Sequence[str] = ()) -> Side:
+        return stack.enter_context(
+            our_side(
+                self._given.ours, pace=pace, model=self._model, shape=self.shape, workers=self._given.workers,
+                work=self._work, prefix=prefix,
             )
-            count = 0
-            async for response in stub.Generate(request, timeout=60):
-                if response.WhichOneof("event") == "chunk":
-                    count += len(response.chunk.token_ids)
-            return count
+        )  # fmt: skip
 
-        return await drive(load, send, texts)
+    def _start_peer(self, stack: ExitStack, pace: Pace) -> Side | None:
+        python = self._given.peer_python
+        if not python.exists():
+            return None
+        return stack.enter_context(
+            dynamo_side(
+                python, pace=pace, model=self._model, shape=self.shape, workers=self._given.workers, work=self._work
+            )
+        )
 
+    def _measure(self, case: Case, sides: Sequence[Side]) -> dict[str, list[Figures]]:
+        for side in sides:  # warm up
+            self._drive(case, side, requests=max(case.requests // 4, case.concurrency))
+        runs: dict[str, list[Figures]] = {side.name: [] for side in sides}
+        for _ in range(self._given.runs):
+            for side in sides:
+                runs[side.name].append(self._drive(case, side))
+                _say(f"{case.load} {case.concurrency:4d} {side.name:8s}", runs[side.name][-1])
+        return runs
 
-async def over_http(mesh: MeshProcess, load: Load, texts: list[str]) -> int:
-    """Drive /v1/completions with `stream`: one SSE event per token."""
-    limits = httpx.Limits(max_connections=load.concurrency)
-    async with httpx.AsyncClient(base_url=mesh.http, timeout=60, limits=limits) as client:
-
-        async def send(text: str) -> int:
-            body = {"model": "simulated", "prompt": text, "max_tokens": load.output_tokens, "stream": True}
-            received = bytearray()
-            async with client.stream("POST", "/v1/completions", json=body) as response:
-                async for part in response.aiter_raw():
-                    received += part
-            return received.count(b"data: {") - 1  # the last one has the reason and no token
-
-        return await drive(load, send, texts)
-
-
-def measure(load: Load, *, profile: Path | None = None) -> dict[str, float]:
-    """Run one load against a fresh mesh, after a warm-up of a tenth of it."""
-    mesh = MeshProcess(profile=profile)
-    drive_door = over_grpc if load.door == "grpc" else over_http
-    try:
-        texts = prompts(load, seed=1)
-        asyncio.run(drive_door(mesh, load, texts[: max(load.requests // 10, load.concurrency)]))
-        cpu_before, began = mesh.cpu_s(), time.perf_counter()
-        tokens = asyncio.run(drive_door(mesh, load, prompts(load, seed=2)))
-        wall_s, cpu_s = time.perf_counter() - began, mesh.cpu_s() - cpu_before
-    finally:
-        mesh.stop()
-    if tokens != load.requests * load.output_tokens:
-        raise SystemExit(f"{tokens} tokens came back of {load.requests * load.output_tokens}")
-    return {
-        "cpu_us_per_token": cpu_s / tokens * 1e6,
-        "cpu_ms_per_request": cpu_s / load.requests * 1e3,
-        "tokens_per_s": tokens / wall_s,
-        "cpu_s": cpu_s,
-        "wall_s": wall_s,
-    }
+    def _drive(self, case: Case, side: Side, *, requests: int | None = None) -> Figures:
+        requests = requests or case.requests
+        self._seed += 1
+        cpu_before = side.cpu_s()
+        counted = self._client.drive(
+            side.port, self.shape, concurrency=case.concurrency, requests=requests, seed=self._seed
+        )
+        cpu_s = side.cpu_s() - cpu_before
+        return {
+            "req_s": requests / counted["wall_s"],
+            "tokens_s": counted["token_events"] / counted["wall_s"],
+            "ttft_ms_p50": counted["ttft_ms_p50"],
+            "ttft_ms_p99": counted["ttft_ms_p99"],
+            "cpu_ms_per_request": cpu_s / requests * 1e3,
+            "events_per_request": counted["token_events"] / requests,
+        }
 
 
 def main() -> None:
-    """Measure both doors, alternating, and print medians."""
+    """Measure every case, ours and the peer's in turn, and print medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=1000)
-    parser.add_argument("--concurrency", type=int, default=64)
-    parser.add_argument("--prompt-tokens", type=int, default=512)
-    parser.add_argument("--output-tokens", type=int, default=64)
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--door", choices=["grpc", "http"], action="append", help="default: both")
-    parser.add_argument("--profile", type=Path, help="run once under cProfile and write the profile here")
+    parser.add_argument("--runs", type=int, default=5, help="of each side and case")
+    parser.add_argument("--load", choices=[_SATURATED, _PACED], help="default: both")
+    parser.add_argument("--concurrency", type=int, help="the cases of this concurrency only")
+    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--ours", default=OURS, metavar="COMMAND", help="our side's command. default: %(default)s")
+    parser.add_argument("--peer-python", type=Path, default=PEER_PYTHON, help="of the environment with ai-dynamo")
+    parser.add_argument("--ordinary-client", action="store_true", help="leave acknowledgements to the kernel")
+    parser.add_argument("--profile", type=Path, metavar="FILE", help="write a profile of ours here and measure nothing")
     given = parser.parse_args()
-    loads = [
-        Load(door, given.requests, given.concurrency, given.prompt_tokens, given.output_tokens)
-        for door in given.door or ["grpc", "http"]
+    cases = [
+        case for case in CASES
+        if given.load in {None, case.load} and given.concurrency in {None, case.concurrency}
+    ]  # fmt: skip
+    if not cases:
+        parser.error("no case is left")
+    with tempfile.TemporaryDirectory(prefix="kvmesh-bench-") as work:
+        bench = Bench(given, Path(work))
+        if given.profile is not None:
+            bench.profile(Case(_SATURATED, 64, 1500), given.profile)
+            return
+        if not given.peer_python.exists():
+            print(f"no peer: {given.peer_python} is not there; `make bench-peers-install` makes it", file=sys.stderr)
+        results = []
+        for pace in dict.fromkeys(case.pace for case in cases):
+            results += bench.measure_pace([case for case in cases if case.pace == pace])
+    reports = [
+        _report(case.params(bench.shape, workers=given.workers, acknowledges_at_once=not given.ordinary_client), runs)
+        for case, runs in zip(cases, results, strict=True)
     ]
-    if given.profile is not None:
-        measure(loads[0], profile=given.profile)
-        return
-    runs = [[measure(load) for load in loads] for _ in range(given.runs)]
-    medians = [
-        {name: round(statistics.median(run[index][name] for run in runs), 3) for name in runs[0][index]}
-        for index in range(len(loads))
-    ]
-    show(loads, medians)
-    report = {
-        "bench": "serving",
-        "machine": {"cpus": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()},
-        "cases": [
-            {"params": asdict(load), "ours": ours, "peer": None, "ratio": None}
-            for load, ours in zip(loads, medians, strict=True)
-        ],
+    show(reports)
+    machine = {"cpus": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()}
+    print(json.dumps({"bench": "serving", "machine": machine, "cases": reports}))
+
+
+def _report(params: dict[str, object], runs: dict[str, list[Figures]]) -> dict[str, object]:
+    medians = {
+        side: {name: round(statistics.median(run[name] for run in of_side), 3) for name in FIGURES}
+        for side, of_side in runs.items()
     }
-    print(json.dumps(report))
+    ours, peer = medians["ours"], medians.get("dynamo")
+    if peer is not None and ours["events_per_request"] != peer["events_per_request"]:
+        print(f"unequal events per request: {ours} {peer}", file=sys.stderr)
+    ratio = None if peer is None else {name: round(ours[name] / peer[name], 3) for name in FIGURES}
+    return {"params": params, "ours": ours, "peer": peer, "ratio": ratio}
 
 
-def show(loads: list[Load], medians: list[dict[str, float]]) -> None:
+def _say(what: str, figures: Figures) -> None:
+    print(what, " ".join(f"{name} {value:,.2f}" for name, value in figures.items()), file=sys.stderr)
+
+
+def show(reports: Sequence[dict[str, object]]) -> None:
     """Print the table for people."""
-    table = Table(title="one mesh in one process, simulated engine at speedup 0 (medians)")
-    for name in ("door", *medians[0]):
+    table = Table(title="ours / peer = ratio (medians)")
+    table.add_column("load")
+    for name in FIGURES:
         table.add_column(name, justify="right")
-    for load, ours in zip(loads, medians, strict=True):
-        table.add_row(load.door, *(f"{value:,.1f}" for value in ours.values()))
-    Console(stderr=True).print(table)
+    for report in reports:
+        params, ours, peer, ratio = report["params"], report["ours"], report["peer"], report["ratio"]
+        assert isinstance(params, dict)
+        assert isinstance(ours, dict)
+        cells = [f"{ours[name]:,.2f}" for name in FIGURES]
+        if isinstance(peer, dict) and isinstance(ratio, dict):
+            cells = [f"{ours[name]:,.2f} / {peer[name]:,.2f} = {ratio[name]:.2f}" for name in FIGURES]
+        table.add_row(f"{params['load']} {params['concurrency']}", *cells)
+    Console(stderr=True, width=180).print(table)
 
 
 if __name__ == "__main__":

@@ -303,8 +303,8 @@ async def test_a_stream_is_a_line_of_json_per_message(door: Door) -> None:
     assert response.status_code == 200
     assert response.headers["content-type"] == "application/x-ndjson"
     first, second, last = lines_of(response)
-    assert first == {"result": {"chunk": {"text": "a", "token_ids": [], "pieces": []}}}
-    assert second == {"result": {"chunk": {"text": "b", "token_ids": [], "pieces": []}}}
+    assert first == {"result": {"chunk": {"text": "a", "token_ids": []}}}
+    assert second == {"result": {"chunk": {"text": "b", "token_ids": []}}}
     assert last == {"result": {"finished": {"reason": "FINISH_REASON_UNSPECIFIED"}}}
 
 
@@ -313,9 +313,7 @@ async def test_a_stream_is_events_where_they_are_accepted(door: Door) -> None:
 
     assert response.headers["content-type"].startswith("text/event-stream")
     events = response.text.split("\n\n")
-    assert json.loads(events[0].removeprefix("data: ")) == {
-        "result": {"chunk": {"text": "a", "token_ids": [], "pieces": []}}
-    }
+    assert json.loads(events[0].removeprefix("data: ")) == {"result": {"chunk": {"text": "a", "token_ids": []}}}
     assert events[3:] == [""]
 
 

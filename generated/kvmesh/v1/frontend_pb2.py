@@ -28,7 +28,7 @@ from kvmesh.v1 import generation_pb2 as kvmesh_dot_v1_dot_generation__pb2
 from kvmesh.v1 import router_pb2 as kvmesh_dot_v1_dot_router__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18kvmesh/v1/frontend.proto\x12\tkvmesh.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1akvmesh/v1/generation.proto\x1a\x16kvmesh/v1/router.proto\"\xc6\x01\n\x0fGenerateRequest\x12!\n\x06prompt\x18\x01 \x01(\x0b\x32\x11.kvmesh.v1.Prompt\x12\r\n\x05model\x18\x02 \x01(\t\x12+\n\x08sampling\x18\x03 \x01(\x0b\x32\x19.kvmesh.v1.SamplingParams\x12(\n\x07routing\x18\x04 \x01(\x0b\x32\x17.kvmesh.v1.RoutingHints\x12\x19\n\x11\x63lient_request_id\x18\x05 \x01(\t\x12\x0f\n\x07\x65xplain\x18\x06 \x01(\x08\"\x8e\x01\n\x10GenerateResponse\x12%\n\x07started\x18\x01 \x01(\x0b\x32\x12.kvmesh.v1.StartedH\x00\x12!\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x10.kvmesh.v1.ChunkH\x00\x12\'\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x13.kvmesh.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"\xe6\x01\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x19\n\x11\x63lient_request_id\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x11\n\tworker_id\x18\x04 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x05 \x01(\r\x12\x1f\n\x17predicted_cached_tokens\x18\x06 \x01(\r\x12+\n\x07prefill\x18\x07 \x01(\x0b\x32\x1a.kvmesh.v1.PrefillDecision\x12+\n\x0b\x65xplanation\x18\x08 \x01(\x0b\x32\x16.kvmesh.v1.Explanation\"\x9f\x01\n\x13GenerateTextRequest\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12+\n\x08sampling\x18\x04 \x01(\x0b\x32\x19.kvmesh.v1.SamplingParams\x12(\n\x07routing\x18\x05 \x01(\x0b\x32\x17.kvmesh.v1.RoutingHints\"A\n\x14GenerateTextResponse\x12\x15\n\rworker_output\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"\x13\n\x11ListModelsRequest\"6\n\x12ListModelsResponse\x12 \n\x06models\x18\x01 \x03(\x0b\x32\x10.kvmesh.v1.Model\"B\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07workers\x18\x02 \x01(\r\x12\x1a\n\x12max_context_tokens\x18\x03 \x01(\r\"\x14\n\x12GetTopologyRequest\"<\n\x13GetTopologyResponse\x12%\n\x08topology\x18\x01 \x01(\x0b\x32\x13.kvmesh.v1.Topology\"C\n\x14WatchTopologyRequest\x12+\n\x08interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\">\n\x15WatchTopologyResponse\x12%\n\x08topology\x18\x01 \x01(\x0b\x32\x13.kvmesh.v1.Topology\"\x9b\x01\n\x08Topology\x12*\n\x07workers\x18\x01 \x03(\x0b\x32\x19.kvmesh.v1.TopologyWorker\x12$\n\x05queue\x18\x02 \x01(\x0b\x32\x15.kvmesh.v1.QueueStats\x12-\n\x08\x63ounters\x18\x03 \x01(\x0b\x32\x1b.kvmesh.v1.TopologyCounters\x12\x0e\n\x06policy\x18\x04 \x01(\t\"\xf8\x01\n\x0eTopologyWorker\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x0c\n\x04role\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x06\x12%\n\x05state\x18\x05 \x01(\x0e\x32\x16.kvmesh.v1.WorkerState\x12\x17\n\x0f\x61\x63tive_requests\x18\x06 \x01(\r\x12\x15\n\ractive_blocks\x18\x07 \x01(\x04\x12\x14\n\x0ctotal_blocks\x18\x08 \x01(\x04\x12\x18\n\x10waiting_requests\x18\t \x01(\r\x12\x17\n\x0fprefix_hit_rate\x18\n \x01(\x01\x12\x0f\n\x07\x61\x64\x64ress\x18\x0b \x01(\t\"\xb7\x01\n\nQueueStats\x12\r\n\x05\x64\x65pth\x18\x01 \x01(\r\x12\x0e\n\x06leased\x18\x02 \x01(\r\x12\x0c\n\x04\x64\x65\x61\x64\x18\x03 \x01(\x04\x12\x11\n\tsubmitted\x18\x04 \x01(\x04\x12\x11\n\tcompleted\x18\x05 \x01(\x04\x12\x11\n\tcancelled\x18\x06 \x01(\x04\x12\x16\n\x0e\x65xpired_leases\x18\x07 \x01(\x04\x12\x11\n\ttimed_out\x18\x08 \x01(\x04\x12\x18\n\x10\x61ttached_workers\x18\t \x01(\r\"\xa1\x02\n\x10TopologyCounters\x12\x10\n\x08requests\x18\x01 \x01(\x04\x12\x17\n\x0fremote_prefills\x18\x02 \x01(\x04\x12\x16\n\x0elocal_prefills\x18\x03 \x01(\x04\x12\x16\n\x0ekv_bytes_moved\x18\x04 \x01(\x04\x12\x15\n\rcached_tokens\x18\x05 \x01(\x04\x12\x1f\n\x17predicted_cached_tokens\x18\x06 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x07 \x01(\x04\x12\x19\n\x11\x63ompletion_tokens\x18\x08 \x01(\x04\x12\x0e\n\x06\x66\x61iled\x18\t \x01(\x04\x12\x11\n\tcancelled\x18\n \x01(\x04\x12\x0f\n\x07running\x18\x0b \x01(\r\x12\x14\n\x0creservations\x18\x0c \x01(\r*x\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12WORKER_STATE_READY\x10\x01\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x02\x12\x18\n\x14WORKER_STATE_SUSPECT\x10\x03\x32\x9a\x04\n\x08\x46rontend\x12\x63\n\x08Generate\x12\x1a.kvmesh.v1.GenerateRequest\x1a\x1b.kvmesh.v1.GenerateResponse\"\x1c\x82\xd3\xe4\x93\x02\x16\"\x11/mesh/v1/generate:\x01*0\x01\x12\x65\n\x0cGenerateText\x12\x1e.kvmesh.v1.GenerateTextRequest\x1a\x1f.kvmesh.v1.GenerateTextResponse\"\x14\x82\xd3\xe4\x93\x02\x0e\"\t/generate:\x01*\x12\x62\n\nListModels\x12\x1c.kvmesh.v1.ListModelsRequest\x1a\x1d.kvmesh.v1.ListModelsResponse\"\x17\x82\xd3\xe4\x93\x02\x11\x12\x0f/mesh/v1/models\x12g\n\x0bGetTopology\x12\x1d.kvmesh.v1.GetTopologyRequest\x1a\x1e.kvmesh.v1.GetTopologyResponse\"\x19\x82\xd3\xe4\x93\x02\x13\x12\x11/mesh/v1/topology\x12u\n\rWatchTopology\x12\x1f.kvmesh.v1.WatchTopologyRequest\x1a .kvmesh.v1.WatchTopologyResponse\"\x1f\x82\xd3\xe4\x93\x02\x19\x12\x17/mesh/v1/topology:watch0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18kvmesh/v1/frontend.proto\x12\tkvmesh.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1akvmesh/v1/generation.proto\x1a\x16kvmesh/v1/router.proto\"\xc6\x01\n\x0fGenerateRequest\x12!\n\x06prompt\x18\x01 \x01(\x0b\x32\x11.kvmesh.v1.Prompt\x12\r\n\x05model\x18\x02 \x01(\t\x12+\n\x08sampling\x18\x03 \x01(\x0b\x32\x19.kvmesh.v1.SamplingParams\x12(\n\x07routing\x18\x04 \x01(\x0b\x32\x17.kvmesh.v1.RoutingHints\x12\x19\n\x11\x63lient_request_id\x18\x05 \x01(\t\x12\x0f\n\x07\x65xplain\x18\x06 \x01(\x08\"\x8e\x01\n\x10GenerateResponse\x12%\n\x07started\x18\x01 \x01(\x0b\x32\x12.kvmesh.v1.StartedH\x00\x12!\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x10.kvmesh.v1.ChunkH\x00\x12\'\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x13.kvmesh.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"\xe6\x01\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x19\n\x11\x63lient_request_id\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x11\n\tworker_id\x18\x04 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x05 \x01(\r\x12\x1f\n\x17predicted_cached_tokens\x18\x06 \x01(\r\x12+\n\x07prefill\x18\x07 \x01(\x0b\x32\x1a.kvmesh.v1.PrefillDecision\x12+\n\x0b\x65xplanation\x18\x08 \x01(\x0b\x32\x16.kvmesh.v1.Explanation\"\x9f\x01\n\x13GenerateTextRequest\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12+\n\x08sampling\x18\x04 \x01(\x0b\x32\x19.kvmesh.v1.SamplingParams\x12(\n\x07routing\x18\x05 \x01(\x0b\x32\x17.kvmesh.v1.RoutingHints\"\x88\x01\n\x14GenerateTextResponse\x12\x15\n\rworker_output\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x33\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x17.kvmesh.v1.FinishReasonH\x00\x88\x01\x01\x42\x10\n\x0e_finish_reason\"\x13\n\x11ListModelsRequest\"6\n\x12ListModelsResponse\x12 \n\x06models\x18\x01 \x03(\x0b\x32\x10.kvmesh.v1.Model\"B\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07workers\x18\x02 \x01(\r\x12\x1a\n\x12max_context_tokens\x18\x03 \x01(\r\"\x14\n\x12GetTopologyRequest\"<\n\x13GetTopologyResponse\x12%\n\x08topology\x18\x01 \x01(\x0b\x32\x13.kvmesh.v1.Topology\"C\n\x14WatchTopologyRequest\x12+\n\x08interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\">\n\x15WatchTopologyResponse\x12%\n\x08topology\x18\x01 \x01(\x0b\x32\x13.kvmesh.v1.Topology\"\x9b\x01\n\x08Topology\x12*\n\x07workers\x18\x01 \x03(\x0b\x32\x19.kvmesh.v1.TopologyWorker\x12$\n\x05queue\x18\x02 \x01(\x0b\x32\x15.kvmesh.v1.QueueStats\x12-\n\x08\x63ounters\x18\x03 \x01(\x0b\x32\x1b.kvmesh.v1.TopologyCounters\x12\x0e\n\x06policy\x18\x04 \x01(\t\"\xf8\x01\n\x0eTopologyWorker\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x0c\n\x04role\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x06\x12%\n\x05state\x18\x05 \x01(\x0e\x32\x16.kvmesh.v1.WorkerState\x12\x17\n\x0f\x61\x63tive_requests\x18\x06 \x01(\r\x12\x15\n\ractive_blocks\x18\x07 \x01(\x04\x12\x14\n\x0ctotal_blocks\x18\x08 \x01(\x04\x12\x18\n\x10waiting_requests\x18\t \x01(\r\x12\x17\n\x0fprefix_hit_rate\x18\n \x01(\x01\x12\x0f\n\x07\x61\x64\x64ress\x18\x0b \x01(\t\"\xb7\x01\n\nQueueStats\x12\r\n\x05\x64\x65pth\x18\x01 \x01(\r\x12\x0e\n\x06leased\x18\x02 \x01(\r\x12\x0c\n\x04\x64\x65\x61\x64\x18\x03 \x01(\x04\x12\x11\n\tsubmitted\x18\x04 \x01(\x04\x12\x11\n\tcompleted\x18\x05 \x01(\x04\x12\x11\n\tcancelled\x18\x06 \x01(\x04\x12\x16\n\x0e\x65xpired_leases\x18\x07 \x01(\x04\x12\x11\n\ttimed_out\x18\x08 \x01(\x04\x12\x18\n\x10\x61ttached_workers\x18\t \x01(\r\"\xa1\x02\n\x10TopologyCounters\x12\x10\n\x08requests\x18\x01 \x01(\x04\x12\x17\n\x0fremote_prefills\x18\x02 \x01(\x04\x12\x16\n\x0elocal_prefills\x18\x03 \x01(\x04\x12\x16\n\x0ekv_bytes_moved\x18\x04 \x01(\x04\x12\x15\n\rcached_tokens\x18\x05 \x01(\x04\x12\x1f\n\x17predicted_cached_tokens\x18\x06 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x07 \x01(\x04\x12\x19\n\x11\x63ompletion_tokens\x18\x08 \x01(\x04\x12\x0e\n\x06\x66\x61iled\x18\t \x01(\x04\x12\x11\n\tcancelled\x18\n \x01(\x04\x12\x0f\n\x07running\x18\x0b \x01(\r\x12\x14\n\x0creservations\x18\x0c \x01(\r*x\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12WORKER_STATE_READY\x10\x01\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x02\x12\x18\n\x14WORKER_STATE_SUSPECT\x10\x03\x32\x9a\x04\n\x08\x46rontend\x12\x63\n\x08Generate\x12\x1a.kvmesh.v1.GenerateRequest\x1a\x1b.kvmesh.v1.GenerateResponse\"\x1c\x82\xd3\xe4\x93\x02\x16\"\x11/mesh/v1/generate:\x01*0\x01\x12\x65\n\x0cGenerateText\x12\x1e.kvmesh.v1.GenerateTextRequest\x1a\x1f.kvmesh.v1.GenerateTextResponse\"\x14\x82\xd3\xe4\x93\x02\x0e\"\t/generate:\x01*\x12\x62\n\nListModels\x12\x1c.kvmesh.v1.ListModelsRequest\x1a\x1d.kvmesh.v1.ListModelsResponse\"\x17\x82\xd3\xe4\x93\x02\x11\x12\x0f/mesh/v1/models\x12g\n\x0bGetTopology\x12\x1d.kvmesh.v1.GetTopologyRequest\x1a\x1e.kvmesh.v1.GetTopologyResponse\"\x19\x82\xd3\xe4\x93\x02\x13\x12\x11/mesh/v1/topology\x12u\n\rWatchTopology\x12\x1f.kvmesh.v1.WatchTopologyRequest\x1a .kvmesh.v1.WatchTopologyResponse\"\x1f\x82\xd3\xe4\x93\x02\x19\x12\x17/mesh/v1/topology:watch0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,8 +45,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FRONTEND'].methods_by_name['GetTopology']._serialized_options = b'\202\323\344\223\002\023\022\021/mesh/v1/topology'
   _globals['_FRONTEND'].methods_by_name['WatchTopology']._loaded_options = None
   _globals['_FRONTEND'].methods_by_name['WatchTopology']._serialized_options = b'\202\323\344\223\002\031\022\027/mesh/v1/topology:watch'
-  _globals['_WORKERSTATE']._serialized_start=2210
-  _globals['_WORKERSTATE']._serialized_end=2330
+  _globals['_WORKERSTATE']._serialized_start=2282
+  _globals['_WORKERSTATE']._serialized_end=2402
   _globals['_GENERATEREQUEST']._serialized_start=154
   _globals['_GENERATEREQUEST']._serialized_end=352
   _globals['_GENERATERESPONSE']._serialized_start=355
@@ -55,30 +55,30 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STARTED']._serialized_end=730
   _globals['_GENERATETEXTREQUEST']._serialized_start=733
   _globals['_GENERATETEXTREQUEST']._serialized_end=892
-  _globals['_GENERATETEXTRESPONSE']._serialized_start=894
-  _globals['_GENERATETEXTRESPONSE']._serialized_end=959
-  _globals['_LISTMODELSREQUEST']._serialized_start=961
-  _globals['_LISTMODELSREQUEST']._serialized_end=980
-  _globals['_LISTMODELSRESPONSE']._serialized_start=982
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1036
-  _globals['_MODEL']._serialized_start=1038
-  _globals['_MODEL']._serialized_end=1104
-  _globals['_GETTOPOLOGYREQUEST']._serialized_start=1106
-  _globals['_GETTOPOLOGYREQUEST']._serialized_end=1126
-  _globals['_GETTOPOLOGYRESPONSE']._serialized_start=1128
-  _globals['_GETTOPOLOGYRESPONSE']._serialized_end=1188
-  _globals['_WATCHTOPOLOGYREQUEST']._serialized_start=1190
-  _globals['_WATCHTOPOLOGYREQUEST']._serialized_end=1257
-  _globals['_WATCHTOPOLOGYRESPONSE']._serialized_start=1259
-  _globals['_WATCHTOPOLOGYRESPONSE']._serialized_end=1321
-  _globals['_TOPOLOGY']._serialized_start=1324
-  _globals['_TOPOLOGY']._serialized_end=1479
-  _globals['_TOPOLOGYWORKER']._serialized_start=1482
-  _globals['_TOPOLOGYWORKER']._serialized_end=1730
-  _globals['_QUEUESTATS']._serialized_start=1733
-  _globals['_QUEUESTATS']._serialized_end=1916
-  _globals['_TOPOLOGYCOUNTERS']._serialized_start=1919
-  _globals['_TOPOLOGYCOUNTERS']._serialized_end=2208
-  _globals['_FRONTEND']._serialized_start=2333
-  _globals['_FRONTEND']._serialized_end=2871
+  _globals['_GENERATETEXTRESPONSE']._serialized_start=895
+  _globals['_GENERATETEXTRESPONSE']._serialized_end=1031
+  _globals['_LISTMODELSREQUEST']._serialized_start=1033
+  _globals['_LISTMODELSREQUEST']._serialized_end=1052
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1054
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1108
+  _globals['_MODEL']._serialized_start=1110
+  _globals['_MODEL']._serialized_end=1176
+  _globals['_GETTOPOLOGYREQUEST']._serialized_start=1178
+  _globals['_GETTOPOLOGYREQUEST']._serialized_end=1198
+  _globals['_GETTOPOLOGYRESPONSE']._serialized_start=1200
+  _globals['_GETTOPOLOGYRESPONSE']._serialized_end=1260
+  _globals['_WATCHTOPOLOGYREQUEST']._serialized_start=1262
+  _globals['_WATCHTOPOLOGYREQUEST']._serialized_end=1329
+  _globals['_WATCHTOPOLOGYRESPONSE']._serialized_start=1331
+  _globals['_WATCHTOPOLOGYRESPONSE']._serialized_end=1393
+  _globals['_TOPOLOGY']._serialized_start=1396
+  _globals['_TOPOLOGY']._serialized_end=1551
+  _globals['_TOPOLOGYWORKER']._serialized_start=1554
+  _globals['_TOPOLOGYWORKER']._serialized_end=1802
+  _globals['_QUEUESTATS']._serialized_start=1805
+  _globals['_QUEUESTATS']._serialized_end=1988
+  _globals['_TOPOLOGYCOUNTERS']._serialized_start=1991
+  _globals['_TOPOLOGYCOUNTERS']._serialized_end=2280
+  _globals['_FRONTEND']._serialized_start=2405
+  _globals['_FRONTEND']._serialized_end=2943
 # @@protoc_insertion_point(module_scope)

@@ -204,12 +204,12 @@ class GenerateTextRequest(_message.Message):
     prompt: _builtins.str
     """The prompt. Required, not empty."""
     request_id: _builtins.str
-    """The client's own id: echoed, never a key."""
+    """The client's own id: echoed and logged, never a key."""
     model: _builtins.str
     """Model name; may be empty while the mesh serves exactly one."""
     @_builtins.property
     def sampling(self) -> _generation_pb2.SamplingParams:
-        """How to sample."""
+        """How to sample; at most 128 tokens are produced unless it says otherwise."""
 
     @_builtins.property
     def routing(self) -> _generation_pb2.RoutingHints:
@@ -240,21 +240,27 @@ class GenerateTextResponse(_message.Message):
 
     WORKER_OUTPUT_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    FINISH_REASON_FIELD_NUMBER: _builtins.int
     worker_output: _builtins.str
     """The whole output."""
     request_id: _builtins.str
     """The client's own id, echoed."""
+    finish_reason: _generation_pb2.FinishReason.ValueType
+    """Set where the output was cut short: FINISH_REASON_LENGTH, by `sampling.max_tokens` (128 unless set) or the context."""
     def __init__(
         self,
         *,
         worker_output: _builtins.str = ...,
         request_id: _builtins.str = ...,
+        finish_reason: _generation_pb2.FinishReason.ValueType | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_finish_reason", b"_finish_reason", "finish_reason", b"finish_reason"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "worker_output", b"worker_output"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_finish_reason", b"_finish_reason", "finish_reason", b"finish_reason", "request_id", b"request_id", "worker_output", b"worker_output"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__finish_reason: _TypeAlias = _typing.Literal["finish_reason"]  # noqa: Y015
+    _WhichOneofArgType__finish_reason: _TypeAlias = _typing.Literal["_finish_reason", b"_finish_reason"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__finish_reason) -> _WhichOneofReturnType__finish_reason | None: ...
 
 Global___GenerateTextResponse: _TypeAlias = GenerateTextResponse  # noqa: Y015
 
@@ -595,19 +601,19 @@ class TopologyCounters(_message.Message):
     requests: _builtins.int
     """Requests accepted."""
     remote_prefills: _builtins.int
-    """Requests whose prefill a prefill worker did."""
+    """Finished requests whose prefill a prefill worker did."""
     local_prefills: _builtins.int
-    """Requests that decode prefilled itself."""
+    """Finished requests that decode prefilled itself."""
     kv_bytes_moved: _builtins.int
-    """Bytes of KV moved."""
+    """Bytes of KV moved for finished requests."""
     cached_tokens: _builtins.int
-    """Prompt tokens found in decode's caches."""
+    """Of the prompt tokens of finished requests: found in decode's caches."""
     predicted_cached_tokens: _builtins.int
-    """Prompt tokens the router expected there."""
+    """Of the prompt tokens of finished requests: expected there by the router."""
     prompt_tokens: _builtins.int
-    """Prompt tokens."""
+    """Prompt tokens of finished requests."""
     completion_tokens: _builtins.int
-    """Tokens produced."""
+    """Tokens produced by finished requests."""
     failed: _builtins.int
     """Requests that failed."""
     cancelled: _builtins.int

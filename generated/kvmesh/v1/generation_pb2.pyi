@@ -392,29 +392,21 @@ class Chunk(_message.Message):
 
     TEXT_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
-    PIECES_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """The output text of these tokens. Bytes of an incomplete character are held back until it is whole."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The output tokens; empty for workers that produce text."""
 
-    @_builtins.property
-    def pieces(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The text of each token, in order, where `text` is of several tokens: how a frontend of another process keeps one
-        event per token. Set by processors, not by frontends; concatenated it equals `text`.
-        """
-
     def __init__(
         self,
         *,
         text: _builtins.str = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
-        pieces: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["pieces", b"pieces", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -497,7 +489,7 @@ class PrefillDecision(_message.Message):
     remote: _builtins.bool
     """True: a prefill worker was asked for it."""
     reason: _builtins.str
-    """One of the reasons in docs/architecture.md, e.g. "uncached_tokens_above_threshold"."""
+    """One of the reasons in docs/architecture.md, e.g. "remote" or "few_uncached_tokens"."""
     def __init__(
         self,
         *,

@@ -26,7 +26,7 @@ from kvmesh.v1 import frontend_pb2 as kvmesh_dot_v1_dot_frontend__pb2
 from kvmesh.v1 import generation_pb2 as kvmesh_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19kvmesh/v1/processor.proto\x12\tkvmesh.v1\x1a\x18kvmesh/v1/frontend.proto\x1a\x1akvmesh/v1/generation.proto\"[\n\x18ProcessorGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12+\n\x07request\x18\x02 \x01(\x0b\x32\x1a.kvmesh.v1.GenerateRequest\"\x97\x01\n\x19ProcessorGenerateResponse\x12%\n\x07started\x18\x01 \x01(\x0b\x32\x12.kvmesh.v1.StartedH\x00\x12!\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x10.kvmesh.v1.ChunkH\x00\x12\'\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x13.kvmesh.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"\x12\n\x10GetTotalsRequest\"B\n\x11GetTotalsResponse\x12-\n\x08\x63ounters\x18\x01 \x01(\x0b\x32\x1b.kvmesh.v1.TopologyCounters2\xac\x01\n\tProcessor\x12W\n\x08Generate\x12#.kvmesh.v1.ProcessorGenerateRequest\x1a$.kvmesh.v1.ProcessorGenerateResponse0\x01\x12\x46\n\tGetTotals\x12\x1b.kvmesh.v1.GetTotalsRequest\x1a\x1c.kvmesh.v1.GetTotalsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19kvmesh/v1/processor.proto\x12\tkvmesh.v1\x1a\x18kvmesh/v1/frontend.proto\x1a\x1akvmesh/v1/generation.proto\"[\n\x18ProcessorGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12+\n\x07request\x18\x02 \x01(\x0b\x32\x1a.kvmesh.v1.GenerateRequest\"\xa7\x01\n\x19ProcessorGenerateResponse\x12%\n\x07started\x18\x01 \x01(\x0b\x32\x12.kvmesh.v1.StartedH\x00\x12!\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x10.kvmesh.v1.ChunkH\x00\x12\'\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x13.kvmesh.v1.FinishedH\x00\x12\x0e\n\x06pieces\x18\x04 \x03(\tB\x07\n\x05\x65vent\"\x12\n\x10GetTotalsRequest\"B\n\x11GetTotalsResponse\x12-\n\x08\x63ounters\x18\x01 \x01(\x0b\x32\x1b.kvmesh.v1.TopologyCounters2\xac\x01\n\tProcessor\x12W\n\x08Generate\x12#.kvmesh.v1.ProcessorGenerateRequest\x1a$.kvmesh.v1.ProcessorGenerateResponse0\x01\x12\x46\n\tGetTotals\x12\x1b.kvmesh.v1.GetTotalsRequest\x1a\x1c.kvmesh.v1.GetTotalsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,11 +36,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PROCESSORGENERATEREQUEST']._serialized_start=94
   _globals['_PROCESSORGENERATEREQUEST']._serialized_end=185
   _globals['_PROCESSORGENERATERESPONSE']._serialized_start=188
-  _globals['_PROCESSORGENERATERESPONSE']._serialized_end=339
-  _globals['_GETTOTALSREQUEST']._serialized_start=341
-  _globals['_GETTOTALSREQUEST']._serialized_end=359
-  _globals['_GETTOTALSRESPONSE']._serialized_start=361
-  _globals['_GETTOTALSRESPONSE']._serialized_end=427
-  _globals['_PROCESSOR']._serialized_start=430
-  _globals['_PROCESSOR']._serialized_end=602
+  _globals['_PROCESSORGENERATERESPONSE']._serialized_end=355
+  _globals['_GETTOTALSREQUEST']._serialized_start=357
+  _globals['_GETTOTALSREQUEST']._serialized_end=375
+  _globals['_GETTOTALSRESPONSE']._serialized_start=377
+  _globals['_GETTOTALSRESPONSE']._serialized_end=443
+  _globals['_PROCESSOR']._serialized_start=446
+  _globals['_PROCESSOR']._serialized_end=618
 # @@protoc_insertion_point(module_scope)

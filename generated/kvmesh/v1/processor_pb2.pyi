@@ -3,8 +3,10 @@
 isort:skip_file
 Template, tokenise, route, stream, detokenise. Inside the frontend's process by default."""
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
 from kvmesh.v1 import frontend_pb2 as _frontend_pb2
 from kvmesh.v1 import generation_pb2 as _generation_pb2
 import builtins as _builtins
@@ -55,6 +57,7 @@ class ProcessorGenerateResponse(_message.Message):
     STARTED_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
+    PIECES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def started(self) -> _frontend_pb2.Started:
         """First message."""
@@ -67,16 +70,23 @@ class ProcessorGenerateResponse(_message.Message):
     def finished(self) -> _generation_pb2.Finished:
         """Last message of a good stream."""
 
+    @_builtins.property
+    def pieces(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """With a chunk of several tokens: the text of each, in order; together they are the chunk's text. So a frontend keeps
+        one event per token.
+        """
+
     def __init__(
         self,
         *,
         started: _frontend_pb2.Started | None = ...,
         chunk: _generation_pb2.Chunk | None = ...,
         finished: _generation_pb2.Finished | None = ...,
+        pieces: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "event", b"event", "finished", b"finished", "started", b"started"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "event", b"event", "finished", b"finished", "started", b"started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "event", b"event", "finished", b"finished", "pieces", b"pieces", "started", b"started"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["started", "chunk", "finished"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015

@@ -8,6 +8,7 @@ import grpc
 from grpc_status import rpc_status
 
 from kvmesh.cli.options import CommandFailed
+from kvmesh.core.errors import Reason
 from kvmesh.services.channels import CHANNEL_OPTIONS
 from kvmesh.wire import error_catalog
 
@@ -28,12 +29,20 @@ def failure_text(error: Any, target: str) -> str:
     if status is None:  # gRPC itself ended the call
         return _transport_text(error.code(), error.details() or "", target)
     failure = error_catalog.from_status(status)
-    text = f"{failure.reason.value}: {status.message}"
-    if failure.field is not None:
+    says_it_all = failure.reason is Reason.INVALID_FIELD and failure.message
+    text = f"{failure.reason.value}: {failure.message if says_it_all else status.message}"
+    if failure.field is not None and failure.field not in text:
         text += f" (field {failure.field})"
     if failure.retry_after_s is not None:
         text += f" (try again in {failure.retry_after_s:g} s)"
     return text
+
+
+def broken_text(error: Any, target: str, *, after: str) -> str:
+    """Say what ended a stream that had begun; `after` says how far it was."""
+    is_lost = rpc_status.from_call(error) is None and error.code() is grpc.StatusCode.UNAVAILABLE
+    text = f"the connection to {target} was lost" if is_lost else failure_text(error, target)
+    return f"the stream broke after {after}: {text}"
 
 
 def _transport_text(code: grpc.StatusCode, details: str, target: str) -> str:

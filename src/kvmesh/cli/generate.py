@@ -21,7 +21,9 @@ def generate(
     timeout: Timeout = 300.0,
 ) -> None:
     """Continue a prompt; Ctrl-C cancels it everywhere. The output goes to stdout, all else to stderr."""
-    from kvmesh.cli.calls import open_channel
+    import grpc
+
+    from kvmesh.cli.calls import broken_text, open_channel
     from kvmesh.v1 import frontend_pb2, frontend_pb2_grpc, generation_pb2
 
     request = frontend_pb2.GenerateRequest(
@@ -31,9 +33,11 @@ def generate(
         explain=explain,
     )
     started, finished, held, is_within_line = frontend_pb2.Started(), None, [], False
+    token_count = 0
     with open_channel(target) as channel:
         try:
             for response in frontend_pb2_grpc.FrontendStub(channel).Generate(request, timeout=timeout):
+                token_count += len(response.chunk.token_ids) or len(response.chunk.text.split())
                 match response.WhichOneof("event"):
                     case "started":
                         started = response.started
@@ -46,14 +50,22 @@ def generate(
                         is_within_line = True
                     case "finished":
                         finished = response.finished
+        except grpc.RpcError as exc:
+            if not token_count:
+                raise
+            raise CommandFailed(broken_text(exc, target, after=_tokens(token_count))) from exc
         finally:
             if is_within_line:
                 typer.echo()  # what comes next, be it an error, begins its own line
     if finished is None:
-        raise CommandFailed("the stream ended without a result: the output is incomplete")
+        raise CommandFailed(f"the stream ended after {_tokens(token_count)} without a result: the output is incomplete")
     if no_stream:
         typer.echo("".join(held))
     typer.secho(footer(started, finished), dim=True, err=True)
+
+
+def _tokens(count: int) -> str:
+    return f"{count} token{'' if count == 1 else 's'}"
 
 
 def footer(started: "frontend_pb2.Started", finished: "generation_pb2.Finished") -> str:

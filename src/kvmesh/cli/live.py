@@ -26,6 +26,7 @@ async def show_live(mesh: ForegroundMesh, console: Console) -> None:
                 doors,
                 tokens_per_s=rate.update(now_s=time.monotonic(), completion_tokens=topology.counters.completion_tokens),
                 max_workers=max(console.height - _LINES_BESIDE_WORKERS, 1),
+                width=console.width,
             )
             # In a thread: a terminal that takes no output (Ctrl-S) must not stop the mesh.
             await asyncio.to_thread(live.update, view, refresh=True)

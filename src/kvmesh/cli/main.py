@@ -1,5 +1,6 @@
 """The `kvmesh` command: what there is, and how every command's failure reaches the terminal and the exit code."""
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -16,9 +17,12 @@ from kvmesh.cli.probe import BAD_FLAGS, probe
 from kvmesh.cli.replay import replay
 from kvmesh.cli.serve import serve_role
 from kvmesh.cli.status import status
-from kvmesh.cli.streams import open_closed_streams
+from kvmesh.cli.streams import give_up_stdout, open_closed_streams
 from kvmesh.cli.up import up
 from kvmesh.core.suggestions import suggestion
+
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
+"""What writing to a full or broken disk fails with; stdout is the only file that commands write as they please."""
 
 # Typer's rich help and tracebacks would cost 300 ms on every start, also that of a mesh.
 app = typer.Typer(name="kvmesh", rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
@@ -95,6 +99,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(_exit_code(error))
     except typer.Abort:
         sys.exit(130)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        typer.secho(f"error: the output cannot be written: {os.strerror(error.errno)}", fg="red", err=True)
+        give_up_stdout()
+        sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -31,7 +31,8 @@ def status(
     from kvmesh.cli.console import output_console
     from kvmesh.cli.view import topology_view
 
-    output_console().print(topology_view(topology))
+    console = output_console()
+    console.print(topology_view(topology, width=console.width))
 
 
 def topology_json(topology: "frontend_pb2.Topology") -> dict[str, Any]:

@@ -17,3 +17,9 @@ def open_closed_streams() -> None:
     sys.stdin = sys.stdin or os.fdopen(0, "r")
     sys.stdout = sys.stdout or os.fdopen(1, "w")
     sys.stderr = sys.stderr or os.fdopen(2, "w")
+
+
+def give_up_stdout() -> None:
+    """Drop what is left in stdout's buffer, and all that comes: the end of the process would fail to write it again."""
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 1)

@@ -38,7 +38,7 @@ def up(
     ] = None,
     policy: Annotated[str | None, typer.Option(help="Routing policy. [default: kv_aware]", metavar="NAME")] = None,
     engine: Annotated[
-        str | None, typer.Option(help="Engine, e.g. echo or simulated. [default: echo]", metavar="NAME")
+        str | None, typer.Option(help="Engine: echo, simulated or numpy_llama. [default: echo]", metavar="NAME")
     ] = None,
     engine_option: Annotated[
         list[str] | None, typer.Option(help="One option of the engine; may be repeated.", metavar="KEY=VALUE")

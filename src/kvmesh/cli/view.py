@@ -11,6 +11,8 @@ from kvmesh.cli.status import state_name
 from kvmesh.v1 import frontend_pb2
 
 _BAR_WIDTH = 16
+_WIDTH_WITH_BARS = 100
+"""From here on the table has room for the bars beside its figures."""
 _STATE_STYLES = {"ready": "green", "draining": "yellow", "suspect": "red"}
 
 
@@ -37,23 +39,32 @@ class TokenRate:
 
 
 def mesh_view(
-    topology: frontend_pb2.Topology, doors: Doors, *, tokens_per_s: float, max_workers: int | None = None
+    topology: frontend_pb2.Topology,
+    doors: Doors,
+    *,
+    tokens_per_s: float,
+    max_workers: int | None = None,
+    width: int = _WIDTH_WITH_BARS,
 ) -> RenderableType:
-    """Return the one-screen view of a running mesh; workers beyond `max_workers` are only counted."""
+    """Return the view of a running mesh, `width` columns wide; workers beyond `max_workers` are only counted."""
     return Group(
         Text.assemble(("kvmesh    ", "bold"), f"http://{doors.http_address}", ("  gRPC ", "dim"), doors.grpc_address),
         Text.assemble(("try       ", "dim"), curl_line(doors.http_address)),
         Text(),
-        topology_view(topology, tokens_per_s=tokens_per_s, max_workers=max_workers),
+        topology_view(topology, tokens_per_s=tokens_per_s, max_workers=max_workers, width=width),
         Text("Ctrl-C stops the mesh", style="dim"),
     )
 
 
 def topology_view(
-    topology: frontend_pb2.Topology, *, tokens_per_s: float | None = None, max_workers: int | None = None
+    topology: frontend_pb2.Topology,
+    *,
+    tokens_per_s: float | None = None,
+    max_workers: int | None = None,
+    width: int = _WIDTH_WITH_BARS,
 ) -> RenderableType:
     """Return the workers' table and the lines on queue and requests; the rate is shown where it is known."""
-    parts: list[RenderableType] = [workers_table(topology, max_workers=max_workers)]
+    parts: list[RenderableType] = [workers_table(topology, max_workers=max_workers, has_bars=width >= _WIDTH_WITH_BARS)]
     if max_workers is not None and (hidden := len(topology.workers) - max_workers) > 0:
         parts.append(Text(f"and {hidden} more: kvmesh status", style="dim"))
     parts.append(queue_line(topology.queue))
@@ -62,8 +73,10 @@ def topology_view(
     return Group(*parts)
 
 
-def workers_table(topology: frontend_pb2.Topology, *, max_workers: int | None = None) -> RenderableType:
-    """Return the table of the workers, in the topology's order."""
+def workers_table(
+    topology: frontend_pb2.Topology, *, max_workers: int | None = None, has_bars: bool = True
+) -> RenderableType:
+    """Return the table of the workers, in the topology's order; the bars show how full each pool is."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("worker", no_wrap=True)
     table.add_column("role")
@@ -71,7 +84,8 @@ def workers_table(topology: frontend_pb2.Topology, *, max_workers: int | None = 
     table.add_column("active", justify="right")
     table.add_column("waiting", justify="right")
     table.add_column("blocks", justify="right", no_wrap=True)
-    table.add_column("", width=_BAR_WIDTH)
+    if has_bars:
+        table.add_column("", width=_BAR_WIDTH)
     table.add_column("cache hits", justify="right")
     for worker in topology.workers[:max_workers]:
         state = state_name(worker.state)
@@ -82,12 +96,16 @@ def workers_table(topology: frontend_pb2.Topology, *, max_workers: int | None = 
             str(worker.active_requests),
             str(worker.waiting_requests),
             f"{worker.active_blocks}/{worker.total_blocks}" if worker.total_blocks else "-",
-            ProgressBar(total=worker.total_blocks, completed=worker.active_blocks, width=_BAR_WIDTH)
-            if worker.total_blocks
-            else "",
+            *([_bar(worker)] if has_bars else []),
             f"{worker.prefix_hit_rate:.0%}",
         )
     return table if topology.workers else Text("no workers", style="red")
+
+
+def _bar(worker: frontend_pb2.TopologyWorker) -> RenderableType:
+    if not worker.total_blocks:
+        return ""
+    return ProgressBar(total=worker.total_blocks, completed=worker.active_blocks, width=_BAR_WIDTH)
 
 
 def queue_line(queue: frontend_pb2.QueueStats) -> Text:

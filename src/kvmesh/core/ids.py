@@ -33,6 +33,9 @@ class AttemptKey:
     attempt: int
     """From 1; a retry elsewhere is the next number."""
 
+    def __str__(self) -> str:
+        return f"request {self.request_id}, attempt {self.attempt}"
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class WorkerRank:

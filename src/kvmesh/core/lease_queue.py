@@ -73,7 +73,7 @@ class LeaseQueue:
         if known is not None:
             return known
         if spec.expires_at is not None and spec.expires_at <= now:
-            raise OutOfTimeError(Reason.DEADLINE, f"{spec.key} is past its time-to-live")
+            raise OutOfTimeError(Reason.DEADLINE, f"{spec.key}: past its time-to-live")
         self._workers.require_capable(spec.requirement)
         if self._table.waiting >= self._limits.max_depth:
             raise BackOffError(
@@ -323,7 +323,7 @@ class LeaseQueue:
         finished = self._table.finished.get(spec.key)
         content = task.spec.content if task else finished.content if finished else spec.content
         if content != spec.content:
-            raise ConflictError(Reason.ALREADY_EXISTS, f"{spec.key} is here with other content")
+            raise ConflictError(Reason.ALREADY_EXISTS, f"{spec.key}: here with other content")
         if task is not None:
             return SubmitResult(task.state, already=True, position=self._table.position(task))
         if finished is not None and finished.state is not TaskState.CANCELLED:

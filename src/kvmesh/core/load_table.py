@@ -120,7 +120,7 @@ class LoadTable:
         held = self._bookings.get(key)
         if held is not None:
             if held.content != content:
-                raise ConflictError(Reason.ALREADY_EXISTS, f"{key} is reserved with different content")
+                raise ConflictError(Reason.ALREADY_EXISTS, f"{key}: reserved with other content")
             return held.reservation_id
         self.require_unused(key, now=now)
         load = self._ranks.get(worker)
@@ -141,7 +141,9 @@ class LoadTable:
     def require_unused(self, key: AttemptKey, *, now: float) -> None:
         """Raise ConflictError(ALREADY_EXISTS) if this key is booked, or was and ended lately."""
         if key in self._bookings or self._ended_lately(key, now=now):
-            raise ConflictError(Reason.ALREADY_EXISTS, f"{key} is reserved or was released; the next attempt is free")
+            raise ConflictError(
+                Reason.ALREADY_EXISTS, f"{key}: reserved, or released already; the next attempt is free"
+            )
 
     def complete_prefill(self, key: AttemptKey, *, now: float) -> None:
         """Take a booking's prefill tokens off its worker. Idempotent. Raises: NotKnownError(NOT_FOUND)."""

@@ -60,7 +60,7 @@ class Reservations:
         """Return the answer given before. Raises: ConflictError(ALREADY_EXISTS) if it was to another query."""
         answer = self._answers.get(key)
         if answer is not None and not _is_same(answer.selection.query, query):
-            raise ConflictError(Reason.ALREADY_EXISTS, f"{key} is reserved with different content")
+            raise ConflictError(Reason.ALREADY_EXISTS, f"{key}: reserved with other content")
         return answer
 
     def put(self, reservation: Reservation) -> None:

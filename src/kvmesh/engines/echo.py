@@ -106,7 +106,7 @@ class EchoEngine:
                 field="text",
             )
         if request.key in self._requests:
-            raise ConflictError(Reason.ALREADY_EXISTS, f"{request.key} is here")
+            raise ConflictError(Reason.ALREADY_EXISTS, f"{request.key}: here already")
         words, finish = self._answer(request, limit=min(request.sampling.max_tokens, room))
         taken = self._requests[request.key] = _Request(request.key, words, finish, prompt_tokens)
         self._waiting.append(taken)

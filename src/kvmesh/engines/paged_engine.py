@@ -46,7 +46,7 @@ class PagedEngine(Generic[R]):
         """Take a request in."""
         self._check(request)
         if request.key in self._batch:
-            raise ConflictError(Reason.ALREADY_EXISTS, f"{request.key} is here")
+            raise ConflictError(Reason.ALREADY_EXISTS, f"{request.key}: here already")
         self._batch.add(request)
 
     def cancel(self, key: AttemptKey) -> bool:

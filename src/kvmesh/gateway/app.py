@@ -3,12 +3,9 @@
 from collections.abc import Callable, Sequence
 
 from google.protobuf.descriptor import ServiceDescriptor
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Route, Router
 
 from kvmesh import telemetry
 from kvmesh.core.waits import Waits
@@ -30,7 +27,7 @@ def create_app(
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
     request_timeout_s: float = _DEFAULT_WAITS.request_s,
     client_write_s: float = _DEFAULT_WAITS.client_write_s,
-) -> Starlette:
+) -> RequestFrame:
     """Return the app that serves the annotated methods of `services` and the OpenAI API on `generator`.
 
     `unready_reason` says why the process should get no requests now, None when it should; `request_timeout_s` bounds
@@ -48,8 +45,9 @@ def create_app(
     async def metrics(request: Request) -> Response:
         return Response(exposition(), headers={"content-type": telemetry.CONTENT_TYPE_LATEST})
 
-    app = Starlette(
-        routes=[
+    # A bare router: each layer of a Starlette app would be passed by every token of every stream.
+    router = Router(
+        [
             *openai_routes(generator, max_body_bytes=max_body_bytes, client_write_s=client_write_s),
             Route("/healthz", healthz),
             Route("/readyz", readyz),
@@ -61,13 +59,6 @@ def create_app(
                 client_write_s=client_write_s,
             ),
         ],
-        middleware=[Middleware(RequestFrame)],
-        exception_handlers={HTTPException: _pass_on},
+        redirect_slashes=False,
     )
-    app.router.redirect_slashes = False
-    return app
-
-
-async def _pass_on(request: Request, exc: Exception) -> Response:
-    """Leave unknown paths and wrong verbs to the frame, which answers every failure."""
-    raise exc
+    return RequestFrame(router)

@@ -12,6 +12,7 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 
 from kvmesh.core.errors import FixRequestError, Reason
+from kvmesh.gateway.json_expectations import expectation_of, rivals_in
 from kvmesh.gateway.routes import find_field
 from kvmesh.wire.validation import invalid
 
@@ -36,7 +37,9 @@ def merge_json(value: Any, message: Message) -> None:
     try:
         json_format.ParseDict(value, message)
     except json_format.ParseError as exc:
-        path, problem = _locate(cast(Descriptor, message.DESCRIPTOR), value, "") or ("body", _innermost(exc))
+        descriptor = cast(Descriptor, message.DESCRIPTOR)
+        fault = _locate(descriptor, value, "")
+        path, problem = fault or ("body", rivals_in(descriptor, value) or _innermost(exc))
         raise invalid(path, problem) from exc
 
 
@@ -76,8 +79,10 @@ def _locate_in_field(field: FieldDescriptor, name: str, value: Any, path: str) -
         return None
     if kind is not None and kind.GetOptions().map_entry:
         entries = value.items() if isinstance(value, dict) else ()
+        expected = expectation_of(kind.fields_by_name["value"])
         tried = ((f"{path}[{key}]", _problem(owner, {name: {key: item}})) for key, item in entries)
-        return next(((at, problem) for at, problem in tried if problem), None)
+        bad_entry = next(((at, expected or problem) for at, problem in tried if problem), None)
+        return bad_entry or (path, "must be a JSON object")
     if field.is_repeated:
         if not isinstance(value, list):
             return path, "must be a JSON array"
@@ -86,8 +91,9 @@ def _locate_in_field(field: FieldDescriptor, name: str, value: Any, path: str) -
         problem = _problem(owner, {name: [value]})
     else:
         problem = _problem(owner, {name: value})
-    inner = None if kind is None or _is_well_known(kind) else _locate(kind, value, path)
-    return inner or (path, problem or "")
+    if kind is None or _is_well_known(kind):
+        return path, expectation_of(field) or problem or ""
+    return _locate(kind, value, path) or (path, rivals_in(kind, value) or problem or "")
 
 
 def _first_bad_item(descriptor: Descriptor, name: str, items: list[Any]) -> int:

@@ -23,6 +23,7 @@ from kvmesh.gateway.request_io import (
     until_disconnect,
 )
 from kvmesh.v1 import frontend_pb2, generation_pb2
+from kvmesh.wire.field_names import fields_named
 from kvmesh.wire.generation import Delta, Event, Generator
 
 _LARGE_BODY_BYTES = 512 * 1024
@@ -91,6 +92,19 @@ class Completions:
             asked, request = self._parse(body, client_request_id_of(scope))
         else:
             asked, request = await asyncio.to_thread(self._parse, body, client_request_id_of(scope))
+        with fields_named(asked.mesh_fields):
+            await self._answer(scope, receive, send, asked=asked, request=request, timeout_s=timeout_s)
+
+    async def _answer(
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        *,
+        asked: OpenAIRequest,
+        request: frontend_pb2.GenerateRequest,
+        timeout_s: float | None,
+    ) -> None:
         events = self._generator.generate(request, timeout_s=timeout_s, request_id=request_id_of(scope))
         if asked.stream:
             await stream(

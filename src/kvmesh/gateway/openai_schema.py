@@ -5,7 +5,7 @@ nothing is let through, because clients send many of those.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import orjson
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -132,6 +132,9 @@ class OpenAIRequest(_Strict):
         """Whether a stream ends with the usage."""
         return self.stream_options is not None and self.stream_options.include_usage
 
+    mesh_fields: ClassVar[Mapping[str, str]] = {}
+    """This API's name of what the mesh's request, and what is made of it, calls by another."""
+
     def prompt_message(self) -> generation_pb2.Prompt:
         """Return the prompt. Raises: FixRequestError(EMPTY_PROMPT)."""
         raise NotImplementedError
@@ -159,6 +162,9 @@ class OpenAIRequest(_Strict):
 class ChatRequest(OpenAIRequest):
     """The body of /v1/chat/completions."""
 
+    mesh_fields: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("prompt", "prompt.messages", "prompt.messages.messages", "text", "token_ids"), "messages"
+    )
     messages: list[Message]
     max_completion_tokens: int | None = Field(default=None, ge=1, lt=2**32)
 
@@ -177,6 +183,9 @@ class ChatRequest(OpenAIRequest):
 class CompletionRequest(OpenAIRequest):
     """The body of /v1/completions."""
 
+    mesh_fields: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("prompt.text", "prompt.token_ids", "text", "token_ids"), "prompt"
+    )
     prompt: Annotated[str | list[Annotated[int, Field(ge=0, lt=2**32)]], BeforeValidator(_only_prompt)]
 
     def prompt_message(self) -> generation_pb2.Prompt:
@@ -224,7 +233,8 @@ def _without_neutral(value: Mapping[str, Any], neutral: Mapping[str, Sequence[ob
 def _refusal(exc: ValidationError) -> FixRequestError:
     first = exc.errors(include_url=False, include_input=False)[0]
     # A union's error names the branch that was tried after the field: that is no part of the path.
-    parts = [part for part in first["loc"] if not (isinstance(part, str) and ("[" in part or part in {"str", "int"}))]
+    field, *rest = first["loc"]
+    parts = [field, *(part for part in rest if not (isinstance(part, str) and ("[" in part or part in {"str", "int"})))]
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).removeprefix(".")
     if first["type"] == "extra_forbidden":
         return invalid(path, "not supported: leave it out")

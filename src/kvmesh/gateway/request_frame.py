@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+from collections.abc import Awaitable
 from contextlib import suppress
 
 import structlog
@@ -40,7 +41,7 @@ def client_request_id_of(scope: Scope) -> str:
 
 
 class RequestFrame:
-    """The outermost middleware of ours."""
+    """The app as the server calls it."""
 
     def __init__(self, app: ASGIApp) -> None:
         """Surround `app`."""
@@ -51,6 +52,7 @@ class RequestFrame:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        scope["app"] = self._app  # the router then raises what it refuses, instead of answering in its own words
         request_id = scope[_SCOPE_KEY] = str(uuid_utils.uuid7())
         own_headers = [(REQUEST_ID_KEY.encode("ascii"), request_id.encode("ascii"))]
         if client_request_id := client_request_id_of(scope):
@@ -58,12 +60,12 @@ class RequestFrame:
             structlog.contextvars.bind_contextvars(client_request_id=client_request_id)
         status = 0
 
-        async def send_with_id(message: Message) -> None:
+        def send_with_id(message: Message) -> Awaitable[None]:  # no coroutine of its own: every token passes here
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message.get("headers", ()), *own_headers]
-            await send(message)
+            return send(message)
 
         structlog.contextvars.bind_contextvars(request_id=request_id, method=scope["method"], path=scope["path"])
         try:

@@ -86,19 +86,21 @@ class RpcRoute(BaseRoute):
         path_values = self._rule.match(scope["raw_path"].decode("latin-1"))
         if path_values is None:
             return Match.NONE, {}
-        match = Match.FULL if scope["method"] == self._rule.verb else Match.PARTIAL
+        match = Match.FULL if _verb(scope) == self._rule.verb else Match.PARTIAL
         return match, {"path_params": path_values, "endpoint": self._method}
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Call the method and answer. Raises: what the method raises, until the reply has begun."""
-        if scope["method"] != self._rule.verb:
-            raise HTTPException(405, headers={"Allow": self._rule.verb})
+        if _verb(scope) != self._rule.verb:
+            raise HTTPException(405, headers={"Allow": "GET, HEAD" if self._rule.verb == "GET" else self._rule.verb})
         timeout_s = timeout_of(scope)
         body = await read_body(scope, receive, max_bytes=self._max_body_bytes) if self._rule.body else b""
         request = await bind_request(
             self._rule, path_values=scope["path_params"], query=scope["query_string"], body=body
         )
-        if self._rule.method.server_streaming:
+        if self._rule.method.server_streaming and scope["method"] == "HEAD":
+            await send_bytes(send, b"", content_type=sse.CONTENT_TYPE if _wants_events(scope) else NDJSON)
+        elif self._rule.method.server_streaming:
             await self._stream(request, scope, receive, send, timeout_s)
         else:
             timeout_s = self._request_timeout_s if timeout_s is None else timeout_s
@@ -110,7 +112,7 @@ class RpcRoute(BaseRoute):
     async def _stream(
         self, request: Message, scope: Scope, receive: Receive, send: Send, timeout_s: float | None
     ) -> None:
-        wants_events = "text/event-stream" in (header(scope, b"accept") or "").lower()
+        wants_events = _wants_events(scope)
         frame = sse.event if wants_events else _line
         await stream(
             StreamedReply(send, content_type=sse.CONTENT_TYPE if wants_events else NDJSON),
@@ -141,6 +143,15 @@ def _context(scope: Scope, timeout_s: float | None) -> RestContext:
         peer=f"{family}:[{host}]:{port}" if family == "ipv6" else f"{family}:{host}:{port}",
         timeout_s=timeout_s,
     )
+
+
+def _verb(scope: Scope) -> str:
+    """Return the verb of the rule that is asked for: HEAD is a GET whose body the server keeps to itself."""
+    return "GET" if scope["method"] == "HEAD" else str(scope["method"])
+
+
+def _wants_events(scope: Scope) -> bool:
+    return "text/event-stream" in (header(scope, b"accept") or "").lower()
 
 
 def _line(data: bytes) -> bytes:

@@ -1,10 +1,12 @@
 """Drives one engine on its one thread, and hands what it produces to the event loop.
 
-One turn = the commands that piled up, then one step: a single hop to the engine's thread and back. While the modelled
-time of a step passes, commands go on being applied, so a pin never waits for a slow step that only sleeps.
+One turn = the commands that piled up, then a step: a single hop to the engine's thread and back. Steps that take less
+time than a hop share one. While the modelled time of a step passes, commands go on being applied, so a pin never waits
+for a slow step that only sleeps.
 """
 
 import asyncio
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -13,14 +15,16 @@ from typing import Any, Protocol, TypeVar
 from kvmesh import telemetry
 from kvmesh.core.errors import ConflictError, MeshError, Reason, TryElsewhereError
 from kvmesh.core.ids import AttemptKey
-from kvmesh.engines.engine import Engine, EngineLoad, EngineRequest, KvEvent, Output, StepResult
+from kvmesh.engines.engine import Engine, EngineLoad, EngineRequest, KvEvent, Output
 
 log = telemetry.logger(__name__)
 
 T = TypeVar("T")
-_NOTHING = StepResult()
 _TIMER_SLACK_S = 0.005
 """How late a timer may be without the modelled time falling behind."""
+_STEPS_PER_TURN = 8
+_SHORT_TURN_S = 0.0005
+"""A turn goes on stepping, so many times and so long at most: steps shorter than a hop are not worth one each."""
 _CLOSE_S = 10.0
 """How long a close waits for the engine's thread: a step that never ends must not keep its worker from stopping."""
 
@@ -48,8 +52,12 @@ class _Command:
 @dataclass(slots=True)
 class _Turn:
     replies: list[tuple[_Command, Any, Exception | None]] = field(default_factory=list)
-    kv_events: tuple[KvEvent, ...] = ()
-    step: StepResult = _NOTHING
+    kv_events: list[KvEvent] = field(default_factory=list)
+    outputs: list[Output] = field(default_factory=list)
+    duration_s: float = 0.0
+    """Modelled time of its last step, the only one that may have any."""
+    has_first_token: bool = False
+    """A prompt was computed to its end."""
     load: EngineLoad = EngineLoad()
     has_work: bool = False
     crash: Exception | None = None
@@ -70,7 +78,7 @@ class EngineDriver:
         on_crash: Callable[[], None] = lambda: None,
         name: str,
     ) -> None:
-        """Take the engine over; `on_turn` hears, after each turn that changed something, of its KV events."""
+        """Take the engine over; `on_turn` hears, after each turn that changed its load or its cache, of KV events."""
         self.info = engine.info
         self.load = EngineLoad(max_requests=engine.info.max_sequences, total_blocks=engine.info.total_blocks)
         """Figures after the last turn."""
@@ -124,7 +132,7 @@ class EngineDriver:
             listener.failed(_lost(self._gone_because))
             return
         if request.key in self._listeners:
-            listener.failed(ConflictError(Reason.ALREADY_EXISTS, f"{request.key} is running"))
+            listener.failed(ConflictError(Reason.ALREADY_EXISTS, f"{request.key}: running already"))
             return
         self._listeners[request.key] = listener
         self._post(_Command(lambda engine: engine.submit(request), key=request.key, listener=listener))
@@ -184,19 +192,20 @@ class EngineDriver:
         started_at = asyncio.get_running_loop().time()
         self._dropped.clear()
         turn = await self._take_turn(step=True)
-        if turn.step.duration_s:
-            await self._let_pass(turn.step.duration_s, started_at=started_at)
-        for output in turn.step.outputs:
+        if turn.duration_s:
+            await self._let_pass(turn.duration_s, started_at=started_at)
+        for output in turn.outputs:
             self._deliver(output)
 
     async def _take_turn(self, *, step: bool) -> _Turn:
         self._applying, self._commands = self._commands, []
         turn = await asyncio.get_running_loop().run_in_executor(self._executor, self._turn, self._applying, step)
+        is_news = bool(turn.kv_events) or turn.has_first_token or turn.load != self.load
         self.load, self.crash, self._has_work = turn.load, turn.crash, turn.has_work
         for command, value, error in turn.replies:
             self._reply(command, value, error)
-        if turn.kv_events or turn.replies or turn.step.outputs:
-            self._on_turn(turn.kv_events)
+        if is_news:
+            self._on_turn(tuple(turn.kv_events))
         return turn
 
     def _turn(self, commands: list[_Command], step: bool) -> _Turn:
@@ -208,14 +217,27 @@ class EngineDriver:
             except Exception as error:  # a command's failure belongs to whoever posted it
                 turn.replies.append((command, None, error))
         try:
-            turn.kv_events = self._engine.drain_kv_events()
-            if step and self._engine.has_work():
-                turn.step = self._engine.step()
-                turn.kv_events += turn.step.kv_events
-            turn.load, turn.has_work = self._engine.load(), self._engine.has_work()
+            turn.kv_events += self._engine.drain_kv_events()
+            turn.has_work = self._engine.has_work()
+            if step and turn.has_work:
+                self._take_steps(turn)
+            turn.load = self._engine.load()
         except Exception as error:  # a step that raises leaves an engine nobody can trust
             turn.crash = error
         return turn
+
+    def _take_steps(self, turn: _Turn) -> None:
+        until = time.monotonic() + _SHORT_TURN_S
+        for _ in range(_STEPS_PER_TURN):
+            step = self._engine.step()
+            turn.outputs += step.outputs
+            turn.kv_events += step.kv_events
+            turn.duration_s = step.duration_s
+            turn.has_work = self._engine.has_work()
+            turn.has_first_token = any(output.prefill_done for output in step.outputs)
+            is_urgent = turn.has_first_token or self._commands  # who waits for those waits for no further step
+            if is_urgent or step.duration_s or not turn.has_work or time.monotonic() >= until:
+                return
 
     async def _let_pass(self, duration_s: float, *, started_at: float) -> None:
         """Wait until the modelled step ends; a step that began right after another begins where that one ended."""
@@ -253,7 +275,8 @@ class EngineDriver:
             log.warning("engine.command_failed", exc_info=error)
 
     def _deliver(self, output: Output) -> None:
-        listener = None if output.key in self._dropped else self._listeners.get(output.key)
+        is_dropped = bool(self._dropped) and output.key in self._dropped
+        listener = None if is_dropped else self._listeners.get(output.key)
         if listener is None:
             if output.pin is not None:  # cancelled while its last step ran: nobody owns the pin
                 pin_id = output.pin.pin_id

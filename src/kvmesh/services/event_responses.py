@@ -21,7 +21,7 @@ def processor_response_of(event: Event) -> processor_pb2.ProcessorGenerateRespon
     """Return the message of one event for a frontend, which needs to know where each token's text ends."""
     response = response_of(event, processor_pb2.ProcessorGenerateResponse)
     if isinstance(event, Delta) and len(event.pieces) > 1:
-        response.chunk.pieces.extend(event.pieces)
+        response.pieces.extend(event.pieces)
     return response
 
 

@@ -18,6 +18,7 @@ from kvmesh.core.errors import BackOffError, MeshError, OutOfTimeError, Reason, 
 from kvmesh.core.waits import Waits
 from kvmesh.services.channels import Channels
 from kvmesh.services.owned_tasks import OwnedTasks
+from kvmesh.services.signal import Flag
 from kvmesh.v1 import decode_worker_pb2, decode_worker_pb2_grpc, generation_pb2
 from kvmesh.wire.error_catalog import from_status
 
@@ -29,7 +30,7 @@ _LONGEST_SWEEP_S = 1.0
 
 
 class WorkerStream:
-    """One request on an exchange. Wait for `changed`, clear it, then read what is new."""
+    """One request on an exchange. Wait for `changed`, then read what is new; one task does."""
 
     __slots__ = (
         "_exchange",
@@ -49,7 +50,7 @@ class WorkerStream:
 
     def __init__(self, exchange: "ExchangeClient", stream_id: int, *, now: float) -> None:
         self.stream_id = stream_id
-        self.changed = asyncio.Event()
+        self.changed = Flag()
         self.accepted_sequence: int | None = None
         """The worker's load sequence when it took the request; None before."""
         self.decision: generation_pb2.PrefillDecision | None = None
@@ -91,14 +92,14 @@ class WorkerStream:
         """End the request from this side: the receiver sees `error`, the worker is told. Idempotent."""
         if not self.is_over:
             self.error = error
-            self.changed.set()
+            self.changed.fire()
             self.cancel()
 
     def heard(self, now: float) -> None:
         """Note output, and bound what is not taken."""
         self.has_output = True
         self._heard_at = now
-        self.changed.set()
+        self.changed.fire()
         if len(self.token_ids) + len(self.words) > MAX_BUFFERED_TOKENS:
             self.fail(BackOffError(Reason.SLOW_CONSUMER, f"{MAX_BUFFERED_TOKENS} tokens wait for the client"))
 
@@ -197,25 +198,25 @@ class ExchangeClient:
         for accepted in frame.accepted:
             if (stream := streams.get(accepted.stream_id)) is not None:
                 stream.accepted_sequence = accepted.load_sequence
-                stream.changed.set()
+                stream.changed.fire()
         for prefill in frame.prefills:
             if (stream := streams.get(prefill.stream_id)) is not None:
                 if prefill.HasField("decision"):
                     stream.decision = prefill.decision
                 else:
                     stream.prompt_usage = prefill.usage
-                stream.changed.set()
+                stream.changed.fire()
         if frame.stream_ids:
             self._apply_output(frame, now)
         for finished in frame.finished:
             if (stream := streams.pop(finished.stream_id, None)) is not None:
                 stream.finished = finished.finished
-                stream.changed.set()
+                stream.changed.fire()
         for failed in frame.failed:
             if (stream := streams.pop(failed.stream_id, None)) is not None:
                 stream.error = from_status(failed.status)
                 stream.is_rejected = failed.rejected
-                stream.changed.set()
+                stream.changed.fire()
 
     def _apply_output(self, frame: decode_worker_pb2.ExchangeResponse, now: float) -> None:
         """Hand the columns out: requests with tokens come first, then those with words."""

@@ -112,7 +112,6 @@ class Processor:
                 if stream.error is not None:
                     raise stream.error
                 await stream.changed.wait()
-                stream.changed.clear()
             outcome = "finished"
             self._count_finished(run)
             yield run.finished
@@ -229,7 +228,6 @@ class Processor:
         is_accepted = is_prefill_over = False
         while True:
             await stream.changed.wait()
-            stream.changed.clear()
             if not is_accepted and stream.accepted_sequence is not None:
                 is_accepted = True
                 self._progress.of(run.key).accepted_load_sequence = stream.accepted_sequence

@@ -155,7 +155,7 @@ def _event_of(response: processor_pb2.ProcessorGenerateResponse) -> Event:
             return response.started
         case "chunk":
             chunk: generation_pb2.Chunk = response.chunk
-            return Delta(pieces=list(chunk.pieces) or [chunk.text], token_ids=list(chunk.token_ids))
+            return Delta(pieces=list(response.pieces) or [chunk.text], token_ids=list(chunk.token_ids))
         case "finished":
             return response.finished
         case _:

@@ -1,4 +1,4 @@
-"""A change that many may wait for."""
+"""Changes that are waited for."""
 
 import asyncio
 
@@ -21,3 +21,29 @@ class Signal:
                 await self._event.wait()
         except TimeoutError:
             return
+
+
+class Flag:
+    """Raised by whoever has news, lowered by the ONE task that waits for them: a lean Event, for news per token."""
+
+    __slots__ = ("_is_raised", "_waiter")
+
+    def __init__(self) -> None:
+        self._is_raised = False
+        self._waiter: asyncio.Future[None] | None = None
+
+    def fire(self) -> None:
+        """Raise it and wake who waits. Idempotent."""
+        self._is_raised = True
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def wait(self) -> None:
+        """Return once it is raised, and lower it."""
+        if not self._is_raised:
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        self._is_raised = False

@@ -12,7 +12,7 @@ from kvmesh.services.channels import Channels
 from kvmesh.services.identity import WorkerIdentity
 from kvmesh.v1 import worker_control_pb2, worker_control_pb2_grpc
 from kvmesh.wire.error_catalog import from_rpc_error
-from kvmesh.wire.validation import seconds
+from kvmesh.wire.validation import invalid, seconds
 
 _ANSWER_MARGIN_S = 5.0
 
@@ -74,6 +74,8 @@ class ForwardedWorkerControl(worker_control_pb2_grpc.WorkerControlServicer):
         context: grpc.aio.ServicerContext,  # type: ignore[type-arg]
     ) -> worker_control_pb2.DrainResponse:
         """See the contract."""
+        if not request.worker_id:
+            raise invalid("worker_id", "required here: name the worker as GetTopology does, e.g. NODE1/decode/0")
         record = self._find(WorkerId(request.worker_id))
         if record is None:
             raise NotKnownError(

@@ -1,5 +1,6 @@
 """The tokenizer of a Hugging Face model folder."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from tokenizers.decoders import DecodeStream
 
 from kvmesh.tokenizing.chat_template import ChatTemplate, no_template
 from kvmesh.tokenizing.model_folder import TOKENIZER_FILE, ModelFolder, broken_folder
+
+# Read by the library, which has no other switch: it would hand the one text of each call to a thread of its own.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 _MAX_HELD_TOKENS = 16
 """A character has 4 bytes at most, and so have 4 tokens: what is still incomplete after these never becomes whole."""

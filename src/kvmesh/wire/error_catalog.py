@@ -55,7 +55,8 @@ CATALOG: dict[Reason, CatalogEntry] = {
         _C.INVALID_ARGUMENT, _INVALID, "invalid_value", False, "Invalid field.", errors.FixRequestError
     ),
     Reason.UNKNOWN_MODEL: CatalogEntry(
-        _C.NOT_FOUND, _INVALID, "model_not_found", False, "No live worker serves this model: see ListModels.",
+        _C.NOT_FOUND, _INVALID, "model_not_found", False,
+        "No live worker serves this model: the list of models has those that are served.",
         errors.NotKnownError,
     ),
     Reason.NO_WORKERS: CatalogEntry(

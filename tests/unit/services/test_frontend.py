@@ -333,7 +333,10 @@ async def test_processor_streams_the_same_events_under_the_frontends_id() -> Non
         responses = [response async for response in doors.processor.Generate(request, timeout=GENEROUS_S)]
 
     assert [response.WhichOneof("event") for response in responses] == ["started", "chunk", "chunk", "finished"]
-    assert responses[1].chunk == generation_pb2.Chunk(text="Hello", token_ids=[7, 8], pieces=["Hel", "lo"])
+    assert (responses[1].chunk, list(responses[1].pieces)) == (
+        generation_pb2.Chunk(text="Hello", token_ids=[7, 8]),
+        ["Hel", "lo"],
+    )
     assert generator.requests == [ask()]
     assert generator.request_ids == [request_id]
 
