@@ -65,7 +65,7 @@ class TestSharedMemoryTransport(TransportContract):
         transport = SharedMemoryTransport(tmp_path)
         yield transport
         await transport.aclose()
-        assert os.listdir(tmp_path) == []  # noqa: PTH208  # a path's own methods are refused in async code
+        assert os.listdir(tmp_path) == []  # a path's own methods are refused in async code
 
     @pytest.fixture
     async def target(self, tmp_path: Path) -> AsyncIterator[SharedMemoryTransport]:
