@@ -15,7 +15,7 @@ from kvmesh import telemetry
 from kvmesh.cli import STARTED_S
 from kvmesh.cli.log_stream import QueuedStream, queued_stderr
 from kvmesh.cli.options import CommandFailed
-from kvmesh.runtime.heap import settle_heap
+from kvmesh.runtime.heap import keep_freed_memory, settle_heap
 from kvmesh.runtime.settings import LogSettings
 from kvmesh.services.channels import PortTakenError
 from kvmesh.v1 import frontend_pb2
@@ -99,6 +99,7 @@ async def serve(mesh: _Running, show: Callable[[_Running], Awaitable[None]]) -> 
     Raises: CommandFailed when an address cannot be listened on, else whatever `mesh.start` raises, after what it had
     started is stopped.
     """
+    keep_freed_memory()
     try:
         async with _until_signalled():
             await _start(mesh)

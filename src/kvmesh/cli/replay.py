@@ -1,6 +1,5 @@
 """`kvmesh replay`: a trace against a running mesh, and what came of it."""
 
-import gc
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -69,10 +68,12 @@ def _drive(rows: "list[TraceRow]", *, target: str, speed: float, model: str, tim
     from kvmesh.cli.calls import failure_text
     from kvmesh.core.errors import MeshError
     from kvmesh.replay import driver
+    from kvmesh.runtime.heap import keep_freed_memory, settle_heap
 
-    # What the program consists of never becomes garbage: a full collection that went through it would take tens of
-    # milliseconds, and the requests that are due would wait for it.
-    gc.freeze()
+    # A full collection, or memory taken from the system again, would last tens of milliseconds, and the requests that are
+    # due would wait for it.
+    keep_freed_memory()
+    settle_heap()
     try:
         with _progress(len(rows)) as on_end:
             return uvloop.run(

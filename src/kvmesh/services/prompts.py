@@ -32,6 +32,9 @@ class PreparedPrompt:
     identity: npt.NDArray[np.uint32]
     """What block hashes are made of: the tokens, or the UTF-8 bytes where there are none."""
 
+    wire_tokens: generation_pb2.TokenIds | None = None
+    """The tokens as they came, where they came as tokens: copied on, they need not be made again."""
+
     @property
     def prompt_tokens(self) -> int:
         """Tokens of the prompt; UTF-8 bytes for workers that accept TEXT."""
@@ -46,7 +49,7 @@ async def prepare_prompt(
     Raises: FixRequestError(INVALID_FIELD or EMPTY_PROMPT) naming the field.
     """
     if prompt.WhichOneof("input") == "token_ids":
-        return _from_tokens(np.array(prompt.token_ids.token_ids, dtype=np.uint32), tokenizer, accepts)
+        return _from_tokens(prompt.token_ids, tokenizer, accepts)
     text = _render(prompt.messages, tokenizer) if prompt.WhichOneof("input") == "messages" else prompt.text
     if not text:
         raise FixRequestError(Reason.EMPTY_PROMPT, "the messages hold no text", field="prompt.messages")
@@ -72,7 +75,9 @@ def fill_input(request: decode_worker_pb2.DecodeRequest, prepared: PreparedPromp
 
     Raises: FixRequestError(INVALID_FIELD) if there is none.
     """
-    if TOKENS in accepts and prepared.token_ids is not None:
+    if TOKENS in accepts and prepared.wire_tokens is not None:
+        request.token_ids.CopyFrom(prepared.wire_tokens)
+    elif TOKENS in accepts and prepared.token_ids is not None:
         request.token_ids.token_ids.extend(prepared.token_ids.tolist())
     elif TEXT in accepts and prepared.text is not None:
         request.text = prepared.text
@@ -81,14 +86,16 @@ def fill_input(request: decode_worker_pb2.DecodeRequest, prepared: PreparedPromp
 
 
 def _from_tokens(
-    token_ids: npt.NDArray[np.uint32], tokenizer: Tokenizer | None, accepts: frozenset[str]
+    wire_tokens: generation_pb2.TokenIds, tokenizer: Tokenizer | None, accepts: frozenset[str]
 ) -> PreparedPrompt:
+    token_ids = np.array(wire_tokens.token_ids, dtype=np.uint32)
     text = None
     if TEXT in accepts:
         if tokenizer is None and TOKENS not in accepts:
             raise invalid("prompt.token_ids", "this model's workers read text, not token ids: send text")
         text = _decode(token_ids, tokenizer) if tokenizer is not None else None
-    return PreparedPrompt(text, token_ids, token_ids if TOKENS in accepts else text_tokens(text or ""))
+    identity = token_ids if TOKENS in accepts else text_tokens(text or "")
+    return PreparedPrompt(text, token_ids, identity, wire_tokens)
 
 
 def _decode(token_ids: npt.NDArray[np.uint32], tokenizer: Tokenizer) -> str:
