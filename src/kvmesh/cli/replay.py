@@ -70,8 +70,7 @@ def _drive(rows: "list[TraceRow]", *, target: str, speed: float, model: str, tim
     from kvmesh.replay import driver
     from kvmesh.runtime.heap import keep_freed_memory, settle_heap
 
-    # A full collection, or memory taken from the system again, lasts tens of milliseconds: the requests that are due would
-    # wait for it.
+    # A full collection, or memory taken from the system again, lasts tens of milliseconds, and what is due would wait.
     keep_freed_memory()
     settle_heap()
     try:
