@@ -1,10 +1,10 @@
 """`kvmesh serve ROLE`: one role of a mesh in this process, for many machines."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvmesh.cli import mesh_flags
 from kvmesh.cli.running import engine_options, run_with_settings
 
 if TYPE_CHECKING:
@@ -42,45 +42,22 @@ def serve_role(
         int | None,
         typer.Option(help="Port of /metrics for the other roles; 0 = any free one. [default: 0]", metavar="PORT"),
     ] = None,
-    router: Annotated[
-        str | None, typer.Option(help="inside the processor, or separate. [default: inside]", metavar="WHERE")
-    ] = None,
-    processor: Annotated[
-        str | None, typer.Option(help="inside the frontend, or separate. [default: inside]", metavar="WHERE")
-    ] = None,
-    policy: Annotated[str | None, typer.Option(help="Routing policy. [default: kv_aware]", metavar="NAME")] = None,
-    engine: Annotated[
-        str | None, typer.Option(help="Engine: echo, simulated or numpy_llama. [default: echo]", metavar="NAME")
-    ] = None,
-    engine_option: Annotated[
-        list[str] | None, typer.Option(help="One option of the engine; may be repeated.", metavar="KEY=VALUE")
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="A real model's number type, e.g. float32 or float64.", metavar="TYPE")
-    ] = None,
-    speedup: Annotated[
-        float | None, typer.Option(help="Divides a simulated engine's time; 0 = as fast as it can.", metavar="X")
-    ] = None,
-    model: Annotated[Path | None, typer.Option(help="Folder of the model or tokenizer.", metavar="DIR")] = None,
-    model_name: Annotated[
-        str | None, typer.Option(help="Name to serve the model under. [default: the engine's]", metavar="NAME")
-    ] = None,
-    insecure: Annotated[
-        bool | None, typer.Option("--insecure", help="Allow hosts other than loopback, without TLS.")
-    ] = None,
-    namespace: Annotated[
-        str | None,
-        typer.Option(help="Workers find each other within one namespace. [default: default]", metavar="NAME"),
-    ] = None,
+    router: mesh_flags.Router = None,
+    processor: mesh_flags.Processor = None,
+    policy: mesh_flags.Policy = None,
+    engine: mesh_flags.EngineName = None,
+    engine_option: mesh_flags.EngineOptions = None,
+    dtype: mesh_flags.Dtype = None,
+    speedup: mesh_flags.Speedup = None,
+    model: mesh_flags.Model = None,
+    model_name: mesh_flags.ModelName = None,
+    insecure: mesh_flags.Insecure = None,
+    namespace: mesh_flags.Namespace = None,
     log_level: Annotated[
         str | None, typer.Option(help="debug, info, warning, error or critical. [default: info]", metavar="LEVEL")
     ] = None,
-    log_format: Annotated[
-        str | None, typer.Option(help="auto, json or console. [default: auto]", metavar="FORMAT")
-    ] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="Settings file (.toml, .yaml, .yml); flags override it.", metavar="FILE")
-    ] = None,
+    log_format: mesh_flags.LogFormat = None,
+    config: mesh_flags.Config = None,
     exit_with_parent: Annotated[
         bool, typer.Option("--exit-with-parent", help="Stop when stdin ends.", hidden=True)
     ] = False,

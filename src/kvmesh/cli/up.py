@@ -1,10 +1,11 @@
 """`kvmesh up`: a whole mesh on this machine. Every flag is a setting; what a flag leaves open, the settings decide."""
 
-from pathlib import Path
+import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvmesh.cli import mesh_flags
 from kvmesh.cli.running import engine_options, run_with_settings
 
 if TYPE_CHECKING:
@@ -30,56 +31,31 @@ def up(
             metavar="STORE",
         ),
     ] = None,
-    router: Annotated[
-        str | None, typer.Option(help="inside the processor, or separate. [default: inside]", metavar="WHERE")
-    ] = None,
-    processor: Annotated[
-        str | None, typer.Option(help="inside the frontend, or separate. [default: inside]", metavar="WHERE")
-    ] = None,
-    policy: Annotated[str | None, typer.Option(help="Routing policy. [default: kv_aware]", metavar="NAME")] = None,
-    engine: Annotated[
-        str | None, typer.Option(help="Engine: echo, simulated or numpy_llama. [default: echo]", metavar="NAME")
-    ] = None,
-    engine_option: Annotated[
-        list[str] | None, typer.Option(help="One option of the engine; may be repeated.", metavar="KEY=VALUE")
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="A real model's number type, e.g. float32 or float64.", metavar="TYPE")
-    ] = None,
-    speedup: Annotated[
-        float | None, typer.Option(help="Divides a simulated engine's time; 0 = as fast as it can.", metavar="X")
-    ] = None,
-    model: Annotated[Path | None, typer.Option(help="Folder of the model or tokenizer.", metavar="DIR")] = None,
-    model_name: Annotated[
-        str | None, typer.Option(help="Name to serve the model under. [default: the engine's]", metavar="NAME")
-    ] = None,
-    http_host: Annotated[str | None, typer.Option(help="Address to bind. [default: 127.0.0.1]", metavar="HOST")] = None,
-    http_port: Annotated[
-        int | None, typer.Option(help="HTTP port; 0 = any free one. [default: 8000]", metavar="PORT")
-    ] = None,
-    grpc_host: Annotated[str | None, typer.Option(help="Address to bind. [default: 127.0.0.1]", metavar="HOST")] = None,
+    router: mesh_flags.Router = None,
+    processor: mesh_flags.Processor = None,
+    policy: mesh_flags.Policy = None,
+    engine: mesh_flags.EngineName = None,
+    engine_option: mesh_flags.EngineOptions = None,
+    dtype: mesh_flags.Dtype = None,
+    speedup: mesh_flags.Speedup = None,
+    model: mesh_flags.Model = None,
+    model_name: mesh_flags.ModelName = None,
+    http_host: mesh_flags.Host = None,
+    http_port: mesh_flags.HttpPort = None,
+    grpc_host: mesh_flags.Host = None,
     grpc_port: Annotated[
         int | None, typer.Option(help="gRPC port; 0 = any free one. [default: 50051]", metavar="PORT")
     ] = None,
-    insecure: Annotated[
-        bool | None, typer.Option("--insecure", help="Allow hosts other than loopback, without TLS.")
-    ] = None,
-    namespace: Annotated[
-        str | None,
-        typer.Option(help="Workers find each other within one namespace. [default: default]", metavar="NAME"),
-    ] = None,
+    insecure: mesh_flags.Insecure = None,
+    namespace: mesh_flags.Namespace = None,
     log_level: Annotated[
         str | None,
         typer.Option(
             help="debug, info, warning, error or critical. [default: info; warning under the view]", metavar="LEVEL"
         ),
     ] = None,
-    log_format: Annotated[
-        str | None, typer.Option(help="auto, json or console. [default: auto]", metavar="FORMAT")
-    ] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="Settings file (.toml, .yaml, .yml); flags override it.", metavar="FILE")
-    ] = None,
+    log_format: mesh_flags.LogFormat = None,
+    config: mesh_flags.Config = None,
 ) -> None:
     """Run a mesh: workers, router, prefill queue and the HTTP and gRPC doors, in one process or in many.
 
@@ -118,6 +94,8 @@ def _serve(loaded: "LoadedSettings[Settings]") -> None:
     from kvmesh.cli.foreground import serve, set_up_output
 
     show = set_up_output(loaded.settings.log, level_is_chosen=loaded.origins["log.level"] != "default")
+    if loaded.settings.mesh.processes and sys.stdout.isatty():
+        typer.echo("starting a process for each role ...")  # it takes seconds
 
     async def run() -> None:
         await serve(_mesh(loaded.settings), show)
