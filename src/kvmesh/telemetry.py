@@ -49,7 +49,7 @@ KV_EVENTS_REFUSED = Counter("kvmesh_kv_events_refused", "Cache changes that did 
 KV_SNAPSHOTS = Counter("kvmesh_kv_snapshots", "Snapshots that replaced a worker's part of the index.")
 
 PREFILL_DECISIONS = Counter("kvmesh_prefill_decisions", "Where prefills ran, and why.", ("remote", "reason"))
-KV_BYTES_MOVED = Counter("kvmesh_kv_bytes_moved", "Bytes of KV pulled from prefill workers.", ("transport",))
+KV_BYTES_MOVED = Counter("kvmesh_kv_bytes_moved", "Bytes of KV pulled from other workers.", ("transport",))
 QUEUE_TASKS = Counter("kvmesh_queue_tasks", "Prefill tasks, by what became of them.", ("outcome",))
 QUEUE_DEPTH = Gauge("kvmesh_queue_depth", "Prefill tasks waiting for a lease.")
 QUEUE_LEASED = Gauge("kvmesh_queue_leased", "Prefill tasks under a lease.")
@@ -59,6 +59,8 @@ DISCOVERY_SNAPSHOTS = Counter("kvmesh_discovery_snapshots", "Listings of the dis
 DISCOVERY_LEASES_LOST = Counter("kvmesh_discovery_leases_lost", "Leases of ours that the discovery store let go.")
 
 LOG_LINES_DROPPED = Counter("kvmesh_log_lines_dropped", "Log lines that the reader of stderr did not take.")
+
+PROCESS_RESTARTS = Counter("kvmesh_process_restarts", "Child processes started again.", ("process",))
 
 EXCHANGES_OPEN = Gauge("kvmesh_exchanges_open", "Exchange streams that decode workers serve now.")
 EXCHANGE_FRAMES = Counter("kvmesh_exchange_frames", "Frames sent on Exchange streams.")

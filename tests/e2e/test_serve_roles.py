@@ -4,11 +4,14 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 
 import httpx
 import pytest
 
+from kvmesh.core.waits import Waits
 from kvmesh.discovery.embedded_etcd import find_etcd
 from kvmesh.testing.etcd_server import EtcdServer
 from kvmesh.testing.mesh_process import WAIT_S, RoleProcess
@@ -88,6 +91,44 @@ def test_of_two_queues_the_second_takes_over_when_the_first_is_killed(cluster: C
     second.wait_logged("queue.worker_attached")
     done = len(prefill.logged("prefill.completed"))
     eventually(lambda: ask(frontend, "two").status_code == 200 and len(prefill.logged("prefill.completed")) > done)
+
+
+def test_what_waits_on_a_worker_that_hangs_goes_elsewhere_once_it_is_known_to(cluster: Cluster, tmp_path: Path) -> None:
+    config = tmp_path / "mesh.toml"
+    config.write_text("[discovery]\nttl_s = 2\n")
+    flags = ("--config", str(config))
+    cluster.serve("queue", *flags)
+    workers = [cluster.serve("decode", "--index", str(index), *flags) for index in range(2)]
+    frontend = cluster.serve("frontend", "--http-port", "0", "--policy", "round_robin", *flags)
+    frontend.wait_logged("role.ready")
+    eventually(lambda: len(frontend.logged("worker.followed")) == 2)
+
+    os.kill(workers[0].pid, signal.SIGSTOP)
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda number: ask(frontend, f"prompt {number}"), range(4)))
+
+    assert [answer.status_code for answer in answers] == [200] * 4
+    assert max(answer.elapsed.total_seconds() for answer in answers) < Waits().first_token_s
+    assert frontend.logged("request.retried")
+
+
+def test_of_two_workers_with_one_id_the_earlier_serves_again_when_the_later_is_gone(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    config = tmp_path / "mesh.toml"
+    config.write_text("[discovery]\nttl_s = 2\n")
+    cluster.serve("queue")
+    earlier = cluster.serve("decode", "--config", str(config))
+    frontend = cluster.serve("frontend", "--http-port", "0")
+    frontend.wait_logged("role.ready")
+
+    later = cluster.serve("decode", "--config", str(config))
+    said = earlier.wait_logged("registration.superseded")
+    assert later.stop() == 0
+    earlier.wait_logged("registration.back")
+
+    assert "--index" in said["fix"]
+    eventually(lambda: ask(frontend, "Tell me a joke").status_code == 200)
 
 
 def test_a_port_that_is_taken_says_what_to_do(cluster: Cluster) -> None:

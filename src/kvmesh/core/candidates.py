@@ -119,11 +119,6 @@ class Candidate:
     """It gets nothing: overloaded, or stale while staleness counts."""
 
     @property
-    def is_overloaded(self) -> bool:
-        """Tell whether it breaks an overload rule."""
-        return bool(self.overload)
-
-    @property
     def decode_blocks(self) -> int:
         """Blocks active there with this request."""
         return self.active_blocks + self.new_blocks

@@ -24,6 +24,7 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
     # and none while no call runs.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),  # the one that newer cores go by
     ("grpc.http2.max_pings_without_data", 0),
     # A store that comes back is found within half a second.
     ("grpc.initial_reconnect_backoff_ms", 100),

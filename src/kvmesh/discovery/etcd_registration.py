@@ -29,6 +29,7 @@ class EtcdRegistration:
         self._lease: etcd_pb2.LeaseGrantResponse | None = None
         self._superseded_by: int | None = None
         """The higher epoch that was found live."""
+        self._is_standing_back = False
         self._is_stopped = False
         self._store = asyncio.Lock()
         """Held by whoever writes: the owner's updates and the upkeep take turns."""
@@ -109,15 +110,33 @@ class EtcdRegistration:
                 await retry.failed(exc)
                 continue
             except ConflictError as exc:
-                self._log.warning("registration.superseded", error=str(exc))
-                return
-            retry.succeeded()
-            self._settled.set()
+                if not self._settled.is_set():
+                    return  # `start` raises it
+                pause_s = self._stand_back(exc)
+            else:
+                retry.succeeded()
+                self._come_back()
+                self._settled.set()
             try:
                 async with asyncio.timeout(pause_s):
                     await self._due.wait()
             except TimeoutError:
                 continue
+
+    def _stand_back(self, conflict: ConflictError) -> float:
+        """Leave the place to the higher epoch; return after how long to see whether that is still there."""
+        if not self._is_standing_back:
+            self._is_standing_back = True
+            self._log.warning(
+                "registration.superseded", error=str(conflict),
+                fix="two processes have one id: give them different --index, --node or --namespace",
+            )  # fmt: skip
+        return self._ttl_s / 3
+
+    def _come_back(self) -> None:
+        if self._is_standing_back:
+            self._is_standing_back = False
+            self._log.info("registration.back")
 
     async def _look_after(self) -> float:
         """Make sure that the lease lives and the record stands under it; return how long that may be taken for granted.
@@ -130,6 +149,7 @@ class EtcdRegistration:
             except LeaseEndedError:
                 self._lose_lease()
         if self._lease is None or not await self._stands():
+            self._superseded_by = None  # found again if it is still live
             await self._put()
         assert self._lease is not None
         return self._lease.ttl_s / 3

@@ -110,8 +110,11 @@ class Composition:
             listen=listen,
         )
 
-    def gateway(self, *, node: str, index: int) -> GatewayRole:
-        """Make a frontend, with its processor and its router unless they are separate."""
+    def gateway(self, *, node: str, index: int, grpc_flag: str = "--grpc-port") -> GatewayRole:
+        """Make a frontend, with its processor and its router unless they are separate.
+
+        `grpc_flag` is the option that chose its gRPC port.
+        """
         settings = self._settings
         is_processor_here = settings.mesh.processor == "inside"
         return GatewayRole(
@@ -124,6 +127,7 @@ class Composition:
                 grpc=Listen(settings.grpc.host, settings.grpc.port),
                 http=Listen(settings.http.host, settings.http.port),
                 max_body_bytes=settings.http.max_body_bytes,
+                grpc_flag=grpc_flag,
             ),
             waits=settings.waits,
         )

@@ -48,6 +48,8 @@ class Doors:
     grpc: Listen
     http: Listen
     max_body_bytes: int
+    grpc_flag: str = "--grpc-port"
+    """The option that chooses the gRPC port."""
 
 
 class GatewayRole:
@@ -142,7 +144,7 @@ class GatewayRole:
         self._generator.start()
         self._http = HttpServer(self._app(), host=doors.http.host, port=doors.http.port)
         await self._http.start()
-        await self._server.start(doors.grpc.host, doors.grpc.port)
+        await self._server.start(doors.grpc.host, doors.grpc.port, flag=doors.grpc_flag)
         self._topology.start()
 
     def topology(self) -> frontend_pb2.Topology:

@@ -25,17 +25,20 @@ from kvmesh.runtime.composition import Composition
 from kvmesh.runtime.server import check_free
 from kvmesh.runtime.settings import Settings
 from kvmesh.runtime.supervisor import ChildSpec, Supervisor
+from kvmesh.services.channels import CHANNEL_OPTIONS, host_port
 from kvmesh.services.owned_tasks import OwnedTasks
 from kvmesh.v1 import frontend_pb2, frontend_pb2_grpc
 
 log = telemetry.logger(__name__)
 
 _READY_S = 60.0
+_ANSWER_S = 5.0
 _LOOK_AGAIN_S = 0.1
 _HOPELESS_STARTS = 3
 """A child that was started this often before the mesh was ready does not come up by itself."""
 _ETCD = "etcd"
 _ENVIRONMENT_PREFIX = "KVMESH_"
+_ETCD_PREFIX = "ETCD_"
 _THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -64,12 +67,12 @@ class ProcessMesh:
     @property
     def http_address(self) -> str:
         """HOST:PORT of the HTTP door, once started."""
-        return _join(self._settings.http.host, self._http_port)
+        return host_port(self._settings.http.host, self._http_port)
 
     @property
     def grpc_address(self) -> str:
         """HOST:PORT of the gRPC door, once started."""
-        return _join(self._settings.grpc.host, self._grpc_port)
+        return host_port(self._settings.grpc.host, self._grpc_port)
 
     @property
     def pids(self) -> Mapping[str, int]:
@@ -83,12 +86,16 @@ class ProcessMesh:
         started until then is ended by `stop`.
         """
         await self._choose_ports()
-        endpoints = self._settings.discovery.endpoints or await self._start_etcd()
+        endpoints = self._settings.discovery.endpoints
+        if endpoints:
+            await self._wait_for_etcd(endpoints, within_s=_ANSWER_S)
+        else:
+            endpoints = await self._start_etcd()
         config = self._write_settings(endpoints)
         for name, arguments in self._children():
             argv = (sys.executable, "-m", "kvmesh.cli.main", "serve", *arguments, "--config", str(config))
             self._supervisor.start(ChildSpec(name, (*argv, "--exit-with-parent"), self._environment()))
-        self._channel = grpc.aio.insecure_channel(self.grpc_address, options=(("grpc.enable_http_proxy", 0),))
+        self._channel = grpc.aio.insecure_channel(self.grpc_address, options=CHANNEL_OPTIONS)
         self._tasks.start(self._follow(self._channel), name="topology")
         await self._wait_ready()
 
@@ -131,15 +138,17 @@ class ProcessMesh:
         command = etcd_command(
             program, folder=Path(self._folder.name) / "etcd", client_port=client_port, peer_port=peer_port
         )
-        self._supervisor.start(ChildSpec(_ETCD, command, os.environ, reads_stdin=False))
-        endpoint = f"127.0.0.1:{client_port}"
-        await self._wait_for_etcd(endpoint)
-        return (endpoint,)
+        environment = {key: value for key, value in os.environ.items() if not key.startswith(_ETCD_PREFIX)}
+        spec = ChildSpec(_ETCD, command, environment, reads_stdin=False, output_level="info")
+        self._supervisor.start(spec)
+        endpoints = (f"127.0.0.1:{client_port}",)
+        await self._wait_for_etcd(endpoints, within_s=_READY_S)
+        return endpoints
 
-    async def _wait_for_etcd(self, endpoint: str) -> None:
-        client = EtcdClient((endpoint,))
+    async def _wait_for_etcd(self, endpoints: tuple[str, ...], *, within_s: float) -> None:
+        client = EtcdClient(endpoints)
         try:
-            async with asyncio.timeout(_READY_S):
+            async with asyncio.timeout(within_s):
                 while True:
                     try:
                         await client.get(b"ready")
@@ -148,7 +157,10 @@ class ProcessMesh:
                         self._refuse_if_hopeless()
                         await asyncio.sleep(_LOOK_AGAIN_S)
         except TimeoutError as exc:
-            raise TryElsewhereError(Reason.NO_WORKERS, f"etcd did not answer within {_READY_S:g} s") from exc
+            raise TryElsewhereError(
+                Reason.NO_WORKERS,
+                f"etcd at {', '.join(endpoints)} did not answer within {within_s:g} s: is it up?",
+            ) from exc
         finally:
             await client.aclose()
 
@@ -223,7 +235,3 @@ class ProcessMesh:
                 raise TryElsewhereError(
                     Reason.NO_WORKERS, f"{name} ends as soon as it is started, with exit {child.last_exit}: see above"
                 )
-
-
-def _join(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

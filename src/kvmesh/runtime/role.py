@@ -10,6 +10,7 @@ from google.protobuf.descriptor import ServiceDescriptor
 from kvmesh.core.ids import WorkerId
 from kvmesh.core.roster import WorkerRecord, WorkerRole
 from kvmesh.discovery.discovery import Discovery, Registration
+from kvmesh.services.channels import host_port
 from kvmesh.services.identity import WorkerIdentity, new_epoch
 
 _NO_BLOCKS = 1
@@ -36,8 +37,7 @@ class Listen:
 
     def address(self, bound_port: int) -> str:
         """Return HOST:PORT as others are told."""
-        host = self.advertise or self.host
-        return f"[{host}]:{bound_port}" if ":" in host else f"{host}:{bound_port}"
+        return host_port(self.advertise or self.host, bound_port)
 
 
 class Role(Protocol):

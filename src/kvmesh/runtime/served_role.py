@@ -85,7 +85,7 @@ def _make(role: str, settings: Settings, discovery: Discovery) -> Role:
     node, index = node_name(settings), process.index
     listen = Listen(process.host, process.port, process.advertise or _reached_by(process.host))
     if role == FRONTEND:
-        return make.gateway(node=node, index=index)
+        return make.gateway(node=node, index=index, grpc_flag="--port")
     match WorkerRole(role):
         case WorkerRole.QUEUE:
             return make.queue(node=node, index=index, listen=listen)

@@ -22,7 +22,7 @@ from kvmesh.core.waits import Waits
 from kvmesh.runtime import health
 from kvmesh.runtime.health import Health
 from kvmesh.runtime.interceptors import CallInterceptor
-from kvmesh.services.channels import MAX_MESSAGE_BYTES, PortTakenError
+from kvmesh.services.channels import MAX_MESSAGE_BYTES, PortTakenError, host_port
 
 CLEANUP_S = 2.0
 """How long cancelled calls may take to clean up."""
@@ -39,6 +39,7 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     # A client that vanished without a FIN is noticed within 20 s: its streams hold leases and requests.
     ("grpc.keepalive_time_ms", 15_000),
     ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),  # the one that newer cores go by
 )
 
 _log = telemetry.logger(__name__)
@@ -110,11 +111,11 @@ class GrpcServer:
         health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
         reflection.enable_server_reflection((*self._services, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         try:
-            bound = server.add_insecure_port(_join(host, port))
+            bound = server.add_insecure_port(host_port(host, port))
         except RuntimeError as exc:  # the check above passed: the port went in between
             raise PortTakenError(host, port, flag=flag) from exc
         await server.start()
-        self._server, self._address = server, _join(host, bound)
+        self._server, self._address = server, host_port(host, bound)
         for name in self._ready_at_start:
             self.health.set_serving(name, True)
         _log.info("server.started", address=self._address, services=sorted(self._services))
@@ -138,10 +139,6 @@ class GrpcServer:
         # Handlers are done, but their last bytes may not be: only a stuck one is worth breaking connections for.
         await self._server.stop(None if stuck else FLUSH_S)
         _log.info("server.stopped", address=self._address, stuck=stuck)
-
-
-def _join(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 async def check_free(host: str, port: int, *, flag: str) -> None:

@@ -36,6 +36,8 @@ class ChildSpec:
     environment: Mapping[str, str]
     reads_stdin: bool = True
     """It ends when its stdin does; else the kernel ends it with its parent, where the kernel can (Linux)."""
+    output_level: str = "warning"
+    """How what it writes that is no log line of ours is logged."""
 
 
 @dataclass(slots=True)
@@ -59,10 +61,9 @@ class Child:
 class Supervisor:
     """Runs children until `stop`."""
 
-    def __init__(self, *, stop_s: float, on_restart: Callable[[str], None] = lambda _: None) -> None:
-        """Give each child `stop_s` to end once asked to; `on_restart` hears the name of each that is started again."""
+    def __init__(self, *, stop_s: float) -> None:
+        """Give each child `stop_s` to end once asked to."""
         self._stop_s = stop_s
-        self._on_restart = on_restart
         self._children: dict[str, Child] = {}
         self._stopping: set[str] = set()
         self._tasks = OwnedTasks()
@@ -112,7 +113,7 @@ class Supervisor:
                 wait_s = min(_BACKOFF_BASE_S * 2 ** (failures - 1), _BACKOFF_CAP_S)
                 log.warning("process.died", process=child.spec.name, exit=child.last_exit, restart_in_s=wait_s)
                 await asyncio.sleep(wait_s)
-                self._on_restart(child.spec.name)
+                telemetry.PROCESS_RESTARTS.labels(process=child.spec.name).inc()
         finally:
             child.over.set()
 
@@ -140,7 +141,7 @@ class Supervisor:
             _signal(child, signal.SIGTERM)
         assert process.stderr is not None
         try:
-            await _relay(spec.name, process.stderr)
+            await _relay(spec, process.stderr)
             child.last_exit = await process.wait()
         except asyncio.CancelledError:
             _signal(child, signal.SIGKILL)
@@ -156,7 +157,7 @@ def _signal(child: Child, number: signal.Signals) -> None:
             child.process.send_signal(number)
 
 
-async def _relay(name: str, stream: asyncio.StreamReader) -> None:
+async def _relay(spec: ChildSpec, stream: asyncio.StreamReader) -> None:
     """Log every line of a child under its name."""
     while True:
         try:
@@ -165,10 +166,10 @@ async def _relay(name: str, stream: asyncio.StreamReader) -> None:
             continue
         if not line:
             return
-        _log_line(name, line.decode(errors="replace").rstrip())
+        _log_line(spec, line.decode(errors="replace").rstrip())
 
 
-def _log_line(name: str, line: str) -> None:
+def _log_line(spec: ChildSpec, line: str) -> None:
     """Log a line of ours as what it was; any other as it stands."""
     fields = None
     if line.startswith("{"):
@@ -176,13 +177,13 @@ def _log_line(name: str, line: str) -> None:
             fields = json.loads(line)
     if not isinstance(fields, dict) or "event" not in fields or "level" not in fields:
         if line:
-            log.warning("process.output", process=name, line=line)
+            getattr(log, spec.output_level)("process.output", process=spec.name, line=line)
         return
     event, level = str(fields.pop("event")), str(fields.pop("level"))
     fields.pop("timestamp", None)
     fields.pop("process", None)
     write = getattr(log, level, log.info)
-    write(event, process=name, **{key: value for key, value in fields.items() if key.isidentifier()})
+    write(event, process=spec.name, **{key: value for key, value in fields.items() if key.isidentifier()})
 
 
 def _die_with_parent() -> Callable[[], None] | None:

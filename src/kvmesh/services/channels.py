@@ -19,6 +19,7 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     # ping in 10 s; a shorter period would earn GOAWAY too_many_pings.
     ("grpc.keepalive_time_ms", 15_000),
     ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),  # the one that newer cores go by
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     # A worker that comes back on its old address is found within 2 s.
@@ -81,6 +82,11 @@ class Channels:
         while self._by_address:
             _, channel = self._by_address.popitem()
             await channel.close(None)
+
+
+def host_port(host: str, port: int) -> str:
+    """Return an address as gRPC reads it; an IPv6 host goes into brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def mesh_error(error: grpc.aio.AioRpcError) -> MeshError:

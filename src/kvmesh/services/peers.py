@@ -4,6 +4,7 @@ As for the router, a record that goes without a word takes nobody away while its
 """
 
 import asyncio
+from collections.abc import Callable
 from contextlib import aclosing
 
 from kvmesh.core.roster import Roster, RosterOutcome, WorkerRecord, WorkerRole
@@ -22,11 +23,16 @@ class Peers:
         self._namespace = namespace
         self._tasks = OwnedTasks()
         self._changed = asyncio.Event()
-        self._suspects = Suspects(on_gone=self._remove)
+        self._suspects = Suspects(on_gone=self._lose)
+        self._on_lost: list[Callable[[WorkerRecord], None]] = []
 
     def start(self) -> None:
         """Begin to follow."""
         self._tasks.start(self._follow(), name="peers")
+
+    def on_lost(self, hear: Callable[[WorkerRecord], None]) -> None:
+        """Have `hear` told of each record whose worker went without a word and does not answer any more."""
+        self._on_lost.append(hear)
 
     async def aclose(self) -> None:
         """Stop following."""
@@ -89,6 +95,11 @@ class Peers:
     def _put(self, record: WorkerRecord) -> None:
         if self.roster.put(record) is not RosterOutcome.STALE_EPOCH:
             self._suspects.trust(record.worker_id)
+
+    def _lose(self, record: WorkerRecord) -> None:
+        self._remove(record)
+        for hear in self._on_lost:
+            hear(record)
 
     def _remove(self, record: WorkerRecord) -> None:
         self._suspects.trust(record.worker_id)

@@ -68,6 +68,7 @@ class Processor:
         self._running: set[RunningRequest] = set()
         self._idle = asyncio.Event()
         self._idle.set()
+        peers.on_lost(self._lose)
 
     def start(self) -> None:
         """Begin to report progress."""
@@ -263,6 +264,16 @@ class Processor:
         telemetry.REQUEST_RETRIES.inc()
         self._give_up_attempt(run)
         run.excluded.append(worker.worker_id)
+
+    def _lose(self, record: WorkerRecord) -> None:
+        """Give up what runs on a worker that does not answer any more, before its own waits end."""
+        lost = TryElsewhereError(Reason.WORKER_LOST, f"{record.worker_id} does not answer")
+        for run in self._running:
+            worker = run.worker
+            if run.stream is None or worker is None:
+                continue
+            if (worker.worker_id, worker.epoch) == (record.worker_id, record.epoch):
+                run.stream.fail(lost)
 
     def _has_other_worker(self, run: RunningRequest, failed: WorkerId) -> bool:
         assert run.resolved is not None

@@ -83,10 +83,6 @@ class WorkerEvents(worker_events_pb2_grpc.WorkerEventsServicer):
         """Return the blocks that a subscriber who missed nothing knows of; O(blocks), for tests and tools."""
         return self._histories[rank].blocks
 
-    def kv_sequence(self, rank: int = 0) -> int:
-        """Return the newest position of one rank's events."""
-        return self._histories[rank].sequence
-
     def publish_kv(self, events: Sequence[KvEvent], *, rank: int = 0) -> None:
         """Tell the watchers what happened to one rank's cache; O(blocks of the events)."""
         if events:
