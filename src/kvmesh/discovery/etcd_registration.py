@@ -1,8 +1,8 @@
 """One incarnation's record in etcd, kept there under a lease until its owner stops it.
 
 Every third of the lease's life: renew the lease, look whether the record stands as it should. Whatever is missing, be
-it the lease, the record or the whole store, is put back; while etcd does not answer it is asked again and again. The
-only ways out are `stop`, `aclose`, and a higher epoch under the same worker_id.
+it the lease, the record or the whole store, is put back; while etcd does not answer it is asked again and again. A
+higher epoch under the same worker_id has the place while it is there: the lower one stands back, and returns after it.
 """
 
 import asyncio

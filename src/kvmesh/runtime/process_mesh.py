@@ -9,7 +9,6 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -73,11 +72,6 @@ class ProcessMesh:
     def grpc_address(self) -> str:
         """HOST:PORT of the gRPC door, once started."""
         return host_port(self._settings.grpc.host, self._grpc_port)
-
-    @property
-    def pids(self) -> Mapping[str, int]:
-        """The process of each child that runs, by its name."""
-        return {name: child.pid for name, child in self._supervisor.children.items() if child.pid is not None}
 
     async def start(self) -> None:
         """Start everything; returns when the first request can be taken.
