@@ -582,7 +582,7 @@ class KvHandoff(_message.Message):
     address: _builtins.str
     """Address of the holder's gRPC server: KvTransfer.Release goes there."""
     transport: _builtins.str
-    """How to pull: name of a transport that both sides have."""
+    """How to pull: the reach of a transport that both sides have, e.g. `tcp` or `shared_memory@<host>`."""
     agent_name: _builtins.str
     """Transport's name of the holder's memory; unique per epoch."""
     first_block: _builtins.int
