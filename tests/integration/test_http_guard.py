@@ -9,7 +9,7 @@ import pytest
 from kvmesh.gateway.app import create_app
 from kvmesh.gateway.server import HttpServer
 from kvmesh.v1 import frontend_pb2, generation_pb2, worker_control_pb2, worker_control_pb2_grpc
-from kvmesh.wire.generation import Event
+from kvmesh.wire.generation import DeltaWriter, Event
 
 DRAIN = "/mesh/v1/workers/NODE1/decode/0:drain"
 BODY = b"{}"
@@ -32,7 +32,12 @@ class NoGenerator:
     """A Generator whose every answer is empty."""
 
     async def generate(
-        self, request: frontend_pb2.GenerateRequest, *, timeout_s: float | None = None, request_id: str | None = None
+        self,
+        request: frontend_pb2.GenerateRequest,
+        *,
+        timeout_s: float | None = None,
+        request_id: str | None = None,
+        writer: DeltaWriter | None = None,
     ) -> AsyncGenerator[Event, None]:
         yield frontend_pb2.Started()
         yield generation_pb2.Finished(reason=generation_pb2.FINISH_REASON_STOP)

@@ -14,7 +14,7 @@ from kvmesh.core.errors import BackOffError, MeshError, NotKnownError, Reason, T
 from kvmesh.gateway.app import create_app
 from kvmesh.gateway.server import HttpServer
 from kvmesh.v1 import frontend_pb2, generation_pb2
-from kvmesh.wire.generation import Delta, Event
+from kvmesh.wire.generation import Delta, DeltaWriter, Event
 
 CLEANUP_BOUND_S = 5.0
 """Generous: what must happen at once happens in milliseconds."""
@@ -35,7 +35,12 @@ class ScriptedGenerator:
     closed: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def generate(
-        self, request: frontend_pb2.GenerateRequest, *, timeout_s: float | None = None, request_id: str | None = None
+        self,
+        request: frontend_pb2.GenerateRequest,
+        *,
+        timeout_s: float | None = None,
+        request_id: str | None = None,
+        writer: DeltaWriter | None = None,
     ) -> AsyncGenerator[Event, None]:
         self.calls.append(request)
         self.request_ids.append(request_id)

@@ -24,7 +24,7 @@ from kvmesh.v1 import (
     worker_control_pb2_grpc,
 )
 from kvmesh.wire import validation
-from kvmesh.wire.generation import Event
+from kvmesh.wire.generation import DeltaWriter, Event
 
 CLEANUP_BOUND_S = 5.0
 """Generous: what must happen at once happens in milliseconds."""
@@ -106,7 +106,12 @@ class NoGenerator:
     """A Generator for a mesh without models."""
 
     async def generate(
-        self, request: frontend_pb2.GenerateRequest, *, timeout_s: float | None = None, request_id: str | None = None
+        self,
+        request: frontend_pb2.GenerateRequest,
+        *,
+        timeout_s: float | None = None,
+        request_id: str | None = None,
+        writer: DeltaWriter | None = None,
     ) -> AsyncGenerator[Event, None]:
         nothing: tuple[Event, ...] = ()
         for event in nothing:

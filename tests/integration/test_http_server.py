@@ -13,7 +13,7 @@ from kvmesh.gateway.app import create_app
 from kvmesh.gateway.server import HttpServer
 from kvmesh.services.channels import PortTakenError
 from kvmesh.v1 import frontend_pb2, generation_pb2
-from kvmesh.wire.generation import Delta, Event
+from kvmesh.wire.generation import Delta, DeltaWriter, Event
 
 HELLO = {"messages": [{"role": "user", "content": "x"}], "stream": True}
 
@@ -26,7 +26,12 @@ class HeldGenerator:
         self.closed = asyncio.Event()
 
     async def generate(
-        self, request: frontend_pb2.GenerateRequest, *, timeout_s: float | None = None, request_id: str | None = None
+        self,
+        request: frontend_pb2.GenerateRequest,
+        *,
+        timeout_s: float | None = None,
+        request_id: str | None = None,
+        writer: DeltaWriter | None = None,
     ) -> AsyncGenerator[Event, None]:
         try:
             yield frontend_pb2.Started(request_id=request_id or "")
@@ -123,7 +128,12 @@ class EndlessGenerator(HeldGenerator):
     """Yields as long as somebody asks."""
 
     async def generate(
-        self, request: frontend_pb2.GenerateRequest, *, timeout_s: float | None = None, request_id: str | None = None
+        self,
+        request: frontend_pb2.GenerateRequest,
+        *,
+        timeout_s: float | None = None,
+        request_id: str | None = None,
+        writer: DeltaWriter | None = None,
     ) -> AsyncGenerator[Event, None]:
         try:
             yield frontend_pb2.Started(request_id=request_id or "")
@@ -149,6 +159,57 @@ async def test_a_client_that_does_not_read_is_given_up() -> None:
     writer.close()
     await writer.wait_closed()
     await server.stop(0)
+
+
+class WritingGenerator(HeldGenerator):
+    """Writes numbers while its door takes them, and yields the next one when it does not."""
+
+    def __init__(self, count: int, *, padding: int) -> None:
+        super().__init__()
+        self.count, self.padding = count, padding
+        self.written = self.yielded = 0
+
+    async def generate(
+        self,
+        request: frontend_pb2.GenerateRequest,
+        *,
+        timeout_s: float | None = None,
+        request_id: str | None = None,
+        writer: DeltaWriter | None = None,
+    ) -> AsyncGenerator[Event, None]:
+        assert writer is not None
+        yield frontend_pb2.Started(request_id=request_id or "")
+        for number in range(self.count):
+            delta = Delta([f"{number}{' ' * self.padding}"], [number])
+            if number and writer.is_writable:
+                self.written += 1
+                writer.write(delta)
+            else:
+                self.yielded += 1
+                yield delta
+        yield generation_pb2.Finished(reason=generation_pb2.FINISH_REASON_STOP)
+
+
+@pytest.mark.parametrize(("count", "padding", "yielded"), [(50, 0, {1}), (200, 65_536, set(range(2, 200)))])
+async def test_written_and_yielded_tokens_reach_the_client_in_order(
+    count: int, padding: int, yielded: set[int]
+) -> None:
+    generator = WritingGenerator(count, padding=padding)
+    server = server_of(generator)
+    await server.start()
+
+    async with (
+        httpx.AsyncClient(base_url=f"http://{server.address}", trust_env=False) as client,
+        client.stream("POST", "/v1/chat/completions", json=HELLO) as response,
+    ):
+        events = [orjson.loads(line[6:]) for line in [line async for line in response.aiter_lines() if line][:-1]]
+    await server.stop(0)
+
+    pieces = [event["choices"][0]["delta"].get("content") for event in events]
+    assert [int(piece) for piece in pieces if piece] == list(range(count))
+    assert events[-1]["choices"][0]["finish_reason"] == "stop"
+    assert generator.yielded in yielded
+    assert generator.written == count - generator.yielded
 
 
 async def test_nothing_is_answered_after_the_stop() -> None:

@@ -237,7 +237,8 @@ async def run_command(*arguments: str) -> tuple[int, str, str]:
 
 async def test_the_command_prints_its_figures_as_json(tmp_path: Path) -> None:
     trace = write_trace(tmp_path, [row(at * 10, 0, at) for at in range(12)])
-    async with running_mesh(mesh__decode=2, **SIMULATED) as mesh:
+    paced = {**SIMULATED, "engine__speedup": 20}  # so that tokens arrive one by one, and there are gaps to measure
+    async with running_mesh(mesh__decode=2, **paced) as mesh:
         code, out, err = await run_command(
             str(trace), "--limit", "10", "--speed", "2", "--json", "--model", "simulated", "--target", mesh.grpc_address
         )

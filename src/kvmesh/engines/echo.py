@@ -78,6 +78,7 @@ class EchoEngine:
             max_context_tokens=self._options.max_context_tokens,
             vocab_size=0,
             layout=None,
+            is_brief=True,
         )
         self._requests: dict[AttemptKey, _Request] = {}
         self._running: list[_Request] = []

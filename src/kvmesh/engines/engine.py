@@ -97,6 +97,8 @@ class EngineInfo:
     layout: KvLayout | None
     """None when it has no KV to hand over: its prefill hand-offs then carry no blocks."""
     eos_token_ids: tuple[int, ...] = ()
+    is_brief: bool = False
+    """No call takes longer than a hop to a thread and back would (about 0.1 ms): it is called on the event loop."""
 
 
 @dataclass(frozen=True, slots=True)

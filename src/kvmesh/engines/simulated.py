@@ -26,7 +26,7 @@ class SimulatedEngine(PagedEngine[SimulatedRequest]):
     def __init__(self, options: SimulatedOptions | None = None, *, allocate: Allocate = allocate_here) -> None:
         """Start with an empty cache in a pool of `allocate`."""
         options = options or SimulatedOptions()
-        super().__init__("simulated", options, model=_SimulatedModel(options, allocate))
+        super().__init__("simulated", options, model=_SimulatedModel(options, allocate), is_brief=True)
 
 
 class _SimulatedModel:

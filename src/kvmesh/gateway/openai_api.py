@@ -9,6 +9,7 @@ from starlette.types import Receive, Scope, Send
 
 from kvmesh.core.errors import MeshError, NotKnownError, Reason
 from kvmesh.gateway import sse
+from kvmesh.gateway.body_writer import BODY_WRITER_KEY
 from kvmesh.gateway.json_messages import load_json
 from kvmesh.gateway.openai_chunks import CHAT, COMPLETION, Reply, ReplyForm, model_json
 from kvmesh.gateway.openai_schema import ChatRequest, CompletionRequest, OpenAIRequest, parse_body
@@ -105,18 +106,24 @@ class Completions:
         request: frontend_pb2.GenerateRequest,
         timeout_s: float | None,
     ) -> None:
-        events = self._generator.generate(request, timeout_s=timeout_s, request_id=request_id_of(scope))
+        request_id = request_id_of(scope)
         if asked.stream:
+            tokens = _TokenWriter(
+                StreamedReply(
+                    send, content_type=sse.CONTENT_TYPE, last=sse.DONE, body_writer=scope.get(BODY_WRITER_KEY)
+                )
+            )
+            events = self._generator.generate(request, timeout_s=timeout_s, request_id=request_id, writer=tokens)
             await stream(
-                StreamedReply(send, content_type=sse.CONTENT_TYPE),
-                self._chunks(events, includes_usage=asked.includes_usage),
+                tokens.streamed,
+                self._chunks(events, tokens, includes_usage=asked.includes_usage),
                 receive=receive,
                 timeout_s=timeout_s,
                 client_write_s=self._client_write_s,
-                last=sse.DONE,
                 tell=lambda failure: sse.event(failure.openai_body()),
             )
             return
+        events = self._generator.generate(request, timeout_s=timeout_s, request_id=request_id)
         async with until_disconnect(receive):
             async with deadline(timeout_s), aclosing(events):
                 value = await self._whole(events)
@@ -140,23 +147,41 @@ class Completions:
         raise _cut_short()
 
     async def _chunks(
-        self, events: AsyncGenerator[Event, None], *, includes_usage: bool
+        self, events: AsyncGenerator[Event, None], tokens: "_TokenWriter", *, includes_usage: bool
     ) -> AsyncGenerator[bytes, None]:
         """Yield what is to be written at once; nothing before the first output, whose failure is an HTTP status."""
         async with aclosing(events):
             started = await anext(events, None)
             if not isinstance(started, frontend_pb2.Started):
                 raise _cut_short()
-            reply = Reply(self._form, started, includes_usage=includes_usage)
+            reply = tokens.reply = Reply(self._form, started, includes_usage=includes_usage)
             unsent = reply.opening()
             async for event in events:
                 if isinstance(event, Delta):
                     yield unsent + reply.tokens(event.pieces)
                     unsent = b""
                 elif isinstance(event, generation_pb2.Finished):
-                    yield unsent + reply.closing(event)
+                    tokens.streamed.last = unsent + reply.closing(event) + sse.DONE
                     return
             raise _cut_short()
+
+
+class _TokenWriter:
+    """Writes the tokens of one stream where they arrive; see `DeltaWriter`."""
+
+    def __init__(self, streamed: StreamedReply) -> None:
+        self.streamed = streamed
+        self.reply: Reply | None = None
+        """Set before the first output."""
+
+    @property
+    def is_writable(self) -> bool:
+        return self.streamed.is_writable
+
+    def write(self, delta: Delta) -> None:
+        assert self.reply is not None
+        if data := self.reply.tokens(delta.pieces):
+            self.streamed.write_now(data)
 
 
 def _cut_short() -> MeshError:

@@ -56,7 +56,7 @@ class Reply:
             "model": started.model,
         }
         self._includes_usage = includes_usage
-        prefix, suffix = self._chunk(delta={"content": ""}, text="").split(b'""', 1)
+        prefix, suffix = self._chunk(delta={"content": ""}, text="").rsplit(b'""', 1)
         self._token_prefix, self._token_suffix = prefix, suffix
 
     def whole(self, text: str, finished: generation_pb2.Finished) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import orjson
 from starlette.types import Receive, Scope, Send
 
 from kvmesh.core.errors import OutOfTimeError, Reason, TryElsewhereError
+from kvmesh.gateway.body_writer import BodyWriter
 from kvmesh.gateway.failures import Failure, body_too_long, failure_of
 from kvmesh.services.owned_tasks import OwnedTasks
 from kvmesh.services.stalled_clients import Writes, while_client_reads
@@ -119,13 +120,27 @@ async def send_json(send: Send, value: object) -> None:
 class StreamedReply:
     """A reply whose status is decided by its first bytes: until then the request may still fail with another."""
 
-    def __init__(self, send: Send, *, content_type: bytes) -> None:
-        """Nothing is sent before the first write."""
+    def __init__(
+        self, send: Send, *, content_type: bytes, last: bytes = b"", body_writer: BodyWriter | None = None
+    ) -> None:
+        """Nothing is sent before the first write; `last` ends a good stream."""
         self._send = send
         self._content_type = content_type
         self._now = asyncio.get_running_loop().time
+        self._body_writer = body_writer
+        self.last = last
         self.is_started = False
         self.writes = Writes()
+
+    @property
+    def is_writable(self) -> bool:
+        """Tell whether `write_now` may be called: never before the first write."""
+        return self.is_started and self._body_writer is not None and self._body_writer.is_writable
+
+    def write_now(self, data: bytes) -> None:
+        """Send some bytes, not empty, in one write that waits for nothing."""
+        assert self._body_writer is not None
+        self._body_writer.write(data)
 
     async def write(self, data: bytes, *, more: bool = True) -> None:
         """Send some bytes in one write; waits while the client does not read."""
@@ -163,10 +178,9 @@ async def stream(
     receive: Receive,
     timeout_s: float | None,
     client_write_s: float,
-    last: bytes,
     tell: Callable[[Failure], bytes],
 ) -> None:
-    """Send `chunks`, then `last`; a failure after the first is told in the stream, one before it is raised.
+    """Send `chunks`, then the reply's `last`; a failure after the first is told in the stream, one before it is raised.
 
     `chunks` is closed before this returns, whoever ends it: the client, the deadline or the server's stop.
     """
@@ -177,7 +191,7 @@ async def stream(
                     async with aclosing(chunks):
                         async for chunk in chunks:
                             await reply.write(chunk)
-                    await reply.end(last)
+                    await reply.end(reply.last)
             except Exception as exc:
                 if not reply.is_started:
                     raise

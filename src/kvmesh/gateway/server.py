@@ -4,18 +4,31 @@ import asyncio
 import errno
 import math
 import socket
+from collections.abc import MutableMapping
 from typing import Any
 
 import uvicorn
 from starlette.types import Receive, Scope, Send
 from uvicorn.lifespan.off import LifespanOff
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from kvmesh.gateway.body_writer import BODY_WRITER_KEY, BodyWriter
 from kvmesh.gateway.request_guard import BOUND_HOST_KEY
 from kvmesh.services.channels import PortTakenError
 from kvmesh.services.owned_tasks import OwnedTasks
 
 PORT_FLAG = "--http-port"
 _BACKLOG = 2048
+
+
+class _Protocol(HttpToolsProtocol):
+    """Uvicorn's, which also lets an app write to the connection without waiting."""
+
+    def on_message_begin(self) -> None:
+        """Begin a request."""
+        super().on_message_begin()
+        scope: MutableMapping[str, Any] = self.scope  # type: ignore[assignment]  # ASGI lets servers add keys
+        scope[BODY_WRITER_KEY] = BodyWriter(self.transport, is_behind=lambda: self.flow.write_paused)
 
 
 class HttpServer:
@@ -32,7 +45,7 @@ class HttpServer:
 
         config = uvicorn.Config(
             on_this_host,
-            http="httptools",
+            http=_Protocol,
             ws="none",
             lifespan="off",
             log_config=None,

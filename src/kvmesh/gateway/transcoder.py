@@ -120,7 +120,6 @@ class RpcRoute(BaseRoute):
             receive=receive,
             timeout_s=timeout_s,
             client_write_s=self._client_write_s,
-            last=b"",
             tell=lambda failure: frame(_error(failure)),
         )
 

@@ -1,8 +1,9 @@
 """Drives one engine on its one thread, and hands what it produces to the event loop.
 
 One turn = the commands that piled up, then a step: a single hop to the engine's thread and back. Steps that take less
-time than a hop share one. While the modelled time of a step passes, commands go on being applied, so a pin never waits
-for a slow step that only sleeps.
+time than a hop share one, and an engine all of whose calls do (`EngineInfo.is_brief`) is called on the event loop.
+While the modelled time of a step passes, commands go on being applied, so a pin never waits for a slow step that only
+sleeps.
 """
 
 import asyncio
@@ -23,7 +24,7 @@ T = TypeVar("T")
 _TIMER_SLACK_S = 0.005
 """How late a timer may be without the modelled time falling behind."""
 _STEPS_PER_TURN = 8
-_SHORT_TURN_S = 0.0005
+_SHORT_TURN_S = 0.0002
 """A turn goes on stepping, so many times and so long at most: steps shorter than a hop are not worth one each."""
 _CLOSE_S = 10.0
 """How long a close waits for the engine's thread: a step that never ends must not keep its worker from stopping."""
@@ -194,12 +195,17 @@ class EngineDriver:
         turn = await self._take_turn(step=True)
         if turn.duration_s:
             await self._let_pass(turn.duration_s, started_at=started_at)
+        elif self.info.is_brief:
+            await asyncio.sleep(0)  # the turn itself has let nobody else run
         for output in turn.outputs:
             self._deliver(output)
 
     async def _take_turn(self, *, step: bool) -> _Turn:
         self._applying, self._commands = self._commands, []
-        turn = await asyncio.get_running_loop().run_in_executor(self._executor, self._turn, self._applying, step)
+        if self.info.is_brief:
+            turn = self._turn(self._applying, step)
+        else:
+            turn = await asyncio.get_running_loop().run_in_executor(self._executor, self._turn, self._applying, step)
         is_news = bool(turn.kv_events) or turn.has_first_token or turn.load != self.load
         self.load, self.crash, self._has_work = turn.load, turn.crash, turn.has_work
         for command, value, error in turn.replies:

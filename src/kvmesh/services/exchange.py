@@ -20,6 +20,9 @@ from kvmesh.wire.validation import invalid
 
 log = telemetry.logger(__name__)
 
+_BEGUN_WITHIN_S = 0.005
+"""How long the word that a request has begun waits for a frame to travel in: alone it would double the frames."""
+
 
 class _StreamSink:
     """Puts the events of one request into the exchange's pending frame."""
@@ -33,11 +36,11 @@ class _StreamSink:
 
     def accepted(self, load_sequence: int) -> None:
         self.exchange.frame.accepted.add(stream_id=self.stream_id, load_sequence=load_sequence)
-        self.exchange.ready.set()
+        self.exchange.send_soon()
 
     def prefill(self, decision: generation_pb2.PrefillDecision) -> None:
         self.exchange.frame.prefills.add(stream_id=self.stream_id, decision=decision)
-        self.exchange.ready.set()
+        self.exchange.send_soon()
 
     def computed(self, usage: generation_pb2.Usage) -> None:
         self.exchange.frame.prefills.add(stream_id=self.stream_id, usage=usage)
@@ -68,6 +71,8 @@ class Exchange:
         self._words: dict[int, list[tuple[str, ...]]] = {}
         self._sinks: dict[int, _StreamSink] = {}
         self._superseded = asyncio.Event()
+        self._soon: asyncio.TimerHandle | None = None
+        """When the pending frame goes, whatever it has by then."""
         self._is_last = False
         """The next frame is the last one."""
 
@@ -82,6 +87,11 @@ class Exchange:
             else:
                 parts.append(token_ids)
         self.ready.set()
+
+    def send_soon(self) -> None:
+        """Send the pending frame within `_BEGUN_WITHIN_S`."""
+        if self._soon is None:
+            self._soon = asyncio.get_running_loop().call_later(_BEGUN_WITHIN_S, self.ready.set)
 
     def ended(self, stream_id: int) -> None:
         """Note that a request needs no cancelling any more."""
@@ -116,6 +126,7 @@ class Exchange:
         finally:
             telemetry.EXCHANGES_OPEN.dec()
             self._cancel_all()
+            self._forget_timer()
             for part in parts:
                 part.cancel()
             await asyncio.gather(*parts, return_exceptions=True)
@@ -173,6 +184,7 @@ class Exchange:
         telemetry.EXCHANGE_FRAMES.inc()
 
     def _take_frame(self) -> decode_worker_pb2.ExchangeResponse:
+        self._forget_timer()
         frame, self.frame = self.frame, decode_worker_pb2.ExchangeResponse()
         if self._tokens:
             deltas, self._tokens = self._tokens, {}
@@ -188,3 +200,8 @@ class Exchange:
                 frame.counts.append(len(own))
                 frame.words.extend(own)
         return frame
+
+    def _forget_timer(self) -> None:
+        if self._soon is not None:
+            self._soon.cancel()
+            self._soon = None

@@ -42,6 +42,7 @@ class WorkerStream:
         "finished",
         "has_output",
         "is_rejected",
+        "on_output",
         "prompt_usage",
         "stream_id",
         "token_ids",
@@ -66,6 +67,8 @@ class WorkerStream:
         self.error: MeshError | None = None
         self.is_rejected = False
         """With `error`: the worker never owned the request."""
+        self.on_output: Callable[[], None] | None = None
+        """Called, instead of raising `changed`, for output that is not the last."""
         self._exchange = exchange
         self._heard_at = now
 
@@ -99,7 +102,10 @@ class WorkerStream:
         """Note output, and bound what is not taken."""
         self.has_output = True
         self._heard_at = now
-        self.changed.fire()
+        if self.on_output is None or self.finished is not None:
+            self.changed.fire()
+        else:
+            self.on_output()
         if len(self.token_ids) + len(self.words) > MAX_BUFFERED_TOKENS:
             self.fail(BackOffError(Reason.SLOW_CONSUMER, f"{MAX_BUFFERED_TOKENS} tokens wait for the client"))
 
@@ -193,29 +199,33 @@ class ExchangeClient:
             self._end(why)
 
     def _apply(self, frame: decode_worker_pb2.ExchangeResponse) -> None:
-        now = asyncio.get_running_loop().time()
+        self._apply_beginnings(frame)
         streams = self._streams
-        for accepted in frame.accepted:
-            if (stream := streams.get(accepted.stream_id)) is not None:
-                stream.accepted_sequence = accepted.load_sequence
-                stream.changed.fire()
-        for prefill in frame.prefills:
-            if (stream := streams.get(prefill.stream_id)) is not None:
-                if prefill.HasField("decision"):
-                    stream.decision = prefill.decision
-                else:
-                    stream.prompt_usage = prefill.usage
-                stream.changed.fire()
+        for finished in frame.finished:  # before the output, which is then known to be the last
+            if (stream := streams.get(finished.stream_id)) is not None:
+                stream.finished = finished.finished
         if frame.stream_ids:
-            self._apply_output(frame, now)
+            self._apply_output(frame, asyncio.get_running_loop().time())
         for finished in frame.finished:
             if (stream := streams.pop(finished.stream_id, None)) is not None:
-                stream.finished = finished.finished
                 stream.changed.fire()
         for failed in frame.failed:
             if (stream := streams.pop(failed.stream_id, None)) is not None:
                 stream.error = from_status(failed.status)
                 stream.is_rejected = failed.rejected
+                stream.changed.fire()
+
+    def _apply_beginnings(self, frame: decode_worker_pb2.ExchangeResponse) -> None:
+        for accepted in frame.accepted:
+            if (stream := self._streams.get(accepted.stream_id)) is not None:
+                stream.accepted_sequence = accepted.load_sequence
+                stream.changed.fire()
+        for prefill in frame.prefills:
+            if (stream := self._streams.get(prefill.stream_id)) is not None:
+                if prefill.HasField("decision"):
+                    stream.decision = prefill.decision
+                else:
+                    stream.prompt_usage = prefill.usage
                 stream.changed.fire()
 
     def _apply_output(self, frame: decode_worker_pb2.ExchangeResponse, now: float) -> None:

@@ -8,6 +8,7 @@ Everything a request holds (its booking, its place on the exchange, its deadline
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping
+from functools import partial
 
 import uuid_utils
 
@@ -27,7 +28,7 @@ from kvmesh.services.running_request import Resolved, RunningRequest
 from kvmesh.services.served_models import context_tokens, served_models
 from kvmesh.tokenizing.tokenizer import Tokenizer
 from kvmesh.v1 import frontend_pb2
-from kvmesh.wire.generation import Delta, Event
+from kvmesh.wire.generation import Delta, DeltaWriter, Event
 from kvmesh.wire.validation import check_generate_request, invalid, resolve_sampling
 
 log = telemetry.logger(__name__)
@@ -97,7 +98,12 @@ class Processor:
         return served_models(self._peers.roster)
 
     async def generate(
-        self, request: frontend_pb2.GenerateRequest, *, timeout_s: float | None = None, request_id: str | None = None
+        self,
+        request: frontend_pb2.GenerateRequest,
+        *,
+        timeout_s: float | None = None,
+        request_id: str | None = None,
+        writer: DeltaWriter | None = None,
     ) -> AsyncGenerator[Event, None]:
         """See `Generator.generate`."""
         run = self._admit(request, timeout_s, request_id)
@@ -106,13 +112,16 @@ class Processor:
             stream = await self._start(run)
             yield run.started()
             while True:
-                if delta := self._take_output(run, stream):
+                if run.finished is None and (delta := self._take_output(run, stream)):
                     yield delta
                 if run.finished is not None:
                     break
                 if stream.error is not None:
                     raise stream.error
+                if writer is not None:
+                    stream.on_output = partial(self._write_output, run, stream, writer)
                 await stream.changed.wait()
+                stream.on_output = None
             outcome = "finished"
             self._count_finished(run)
             yield run.finished
@@ -296,6 +305,19 @@ class Processor:
         else:
             run.finished = stream.finished
         return Delta(pieces=pieces, token_ids=token_ids) if pieces or token_ids else None
+
+    def _write_output(self, run: RunningRequest, stream: WorkerStream, writer: DeltaWriter) -> None:
+        """Hand output to the door where it arrives; wake the request's task only for what it must do itself."""
+        try:
+            if writer.is_writable and run.finished is None:
+                if delta := self._take_output(run, stream):
+                    writer.write(delta)
+                if run.finished is None:
+                    return
+        except Exception as error:  # one request's fault must not end the exchange that all share
+            log.exception("request.output_failed", request_id=run.request_id)
+            stream.fail(MeshError(Reason.INTERNAL, repr(error)))
+        stream.changed.fire()
 
     def _count_finished(self, run: RunningRequest) -> None:
         assert run.finished is not None

@@ -16,7 +16,7 @@ from kvmesh.services.peers import Peers
 from kvmesh.services.served_models import served_models
 from kvmesh.v1 import frontend_pb2, generation_pb2, processor_pb2, processor_pb2_grpc
 from kvmesh.wire.error_catalog import from_rpc_error
-from kvmesh.wire.generation import Delta, Event
+from kvmesh.wire.generation import Delta, DeltaWriter, Event
 
 log = telemetry.logger(__name__)
 
@@ -62,9 +62,14 @@ class RemoteProcessor:
         return served_models(self._peers.roster)
 
     async def generate(
-        self, request: frontend_pb2.GenerateRequest, *, timeout_s: float | None = None, request_id: str | None = None
+        self,
+        request: frontend_pb2.GenerateRequest,
+        *,
+        timeout_s: float | None = None,
+        request_id: str | None = None,
+        writer: DeltaWriter | None = None,
     ) -> AsyncGenerator[Event, None]:
-        """See `Generator.generate`."""
+        """See `Generator.generate`; every Delta is yielded."""
         if self.draining:
             raise TryElsewhereError(Reason.DRAINING, "this frontend takes no new requests")
         wanted = processor_pb2.ProcessorGenerateRequest(

@@ -21,16 +21,33 @@ Event = frontend_pb2.Started | Delta | generation_pb2.Finished
 """A request's events: Started, then Deltas, then Finished; anything else ends in a raised MeshError."""
 
 
+class DeltaWriter(Protocol):
+    """A door that takes output at once: no task has to be woken for every token."""
+
+    @property
+    def is_writable(self) -> bool:
+        """Tell whether it takes more now; it does not while its client is behind."""
+
+    def write(self, delta: Delta) -> None:
+        """Send it to the client; called on the event loop, only while it is writable."""
+
+
 class Generator(Protocol):
     """What the doors (gRPC, REST, OpenAI) call."""
 
     def generate(
-        self, request: frontend_pb2.GenerateRequest, *, timeout_s: float | None = None, request_id: str | None = None
+        self,
+        request: frontend_pb2.GenerateRequest,
+        *,
+        timeout_s: float | None = None,
+        request_id: str | None = None,
+        writer: DeltaWriter | None = None,
     ) -> AsyncGenerator[Event, None]:
         """Run a request; closing the generator frees what it held everywhere.
 
         `timeout_s` is the client's deadline (None = the setting for clients that set none); `request_id` is minted when
-        None. Raises: MeshError, before the first event or between any two.
+        None. With a `writer` the Deltas after the first may go to it, in their order, instead of being yielded; the
+        other events are always yielded. Raises: MeshError, before the first event or between any two.
         """
 
     def models(self) -> frontend_pb2.ListModelsResponse:

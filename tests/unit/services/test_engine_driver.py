@@ -70,6 +70,7 @@ class GatedEngine(SimulatedEngine):
 
     def __init__(self, options: SimulatedOptions = FAST) -> None:
         super().__init__(options)
+        self._info = replace(self._info, is_brief=False)
         self.in_step = threading.Event()
         self.gate = threading.Event()
 
@@ -157,11 +158,25 @@ async def test_commands_are_applied_in_order_between_steps() -> None:
 
 
 async def test_everything_touches_the_engine_on_one_thread() -> None:
-    async with driving(SimulatedEngine(FAST)) as driver:
+    async with driving(GatedEngine()) as driver:
         threads = {await driver.call(lambda _: threading.get_ident()) for _ in range(5)}
 
     assert len(threads) == 1
     assert threading.get_ident() not in threads
+
+
+async def test_a_brief_engine_is_called_on_the_loop_and_lets_others_run_between_turns() -> None:
+    async with driving(SimulatedEngine(FAST)) as driver:
+        thread = await driver.call(lambda _: threading.get_ident())
+        heard = Heard()
+        driver.submit(request(1, max_tokens=64), heard)
+        turns_of_others = 0
+        while not heard.over.is_set():
+            await asyncio.sleep(0)
+            turns_of_others += 1
+
+    assert thread == threading.get_ident()
+    assert turns_of_others > 64 // 8  # the steps of one turn
 
 
 async def test_commands_apply_while_modelled_time_passes() -> None:

@@ -20,7 +20,7 @@ from kvmesh.services.processor_service import Processor
 from kvmesh.services.request_totals import RequestTotals
 from kvmesh.v1 import frontend_pb2, frontend_pb2_grpc, generation_pb2, processor_pb2, processor_pb2_grpc
 from kvmesh.wire import error_catalog
-from kvmesh.wire.generation import Delta, Event
+from kvmesh.wire.generation import Delta, DeltaWriter, Event
 
 if TYPE_CHECKING:
     from kvmesh.v1.frontend_pb2_grpc import FrontendAsyncStub
@@ -50,7 +50,12 @@ class ScriptedGenerator:
     closed: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def generate(
-        self, request: frontend_pb2.GenerateRequest, *, timeout_s: float | None = None, request_id: str | None = None
+        self,
+        request: frontend_pb2.GenerateRequest,
+        *,
+        timeout_s: float | None = None,
+        request_id: str | None = None,
+        writer: DeltaWriter | None = None,
     ) -> AsyncGenerator[Event, None]:
         self.requests.append(request)
         self.timeouts_s.append(timeout_s)

@@ -1,0 +1,32 @@
+"""Writing the body of a streamed reply from where its parts arise, with no task and no coroutine in between.
+
+ASGI has `send`, a coroutine, for every part; for a stream of tokens that is a third of what a token costs. The server
+puts a `BodyWriter` into each request's scope; an app that began a chunked reply by `send` may write parts of it here,
+and ends it by `send`. Under another server there is none, and everything goes by `send`.
+"""
+
+import asyncio
+from collections.abc import Callable
+
+BODY_WRITER_KEY = "kvmesh.body_writer"
+"""Key in a request's scope."""
+
+
+class BodyWriter:
+    """The connection of one request."""
+
+    __slots__ = ("_is_behind", "_transport")
+
+    def __init__(self, transport: asyncio.Transport, *, is_behind: Callable[[], bool]) -> None:
+        """`is_behind` tells whether what was written waits for the client to read."""
+        self._transport = transport
+        self._is_behind = is_behind
+
+    @property
+    def is_writable(self) -> bool:
+        """Tell whether the client is there and takes what it is sent."""
+        return not self._is_behind() and not self._transport.is_closing()
+
+    def write(self, data: bytes) -> None:
+        """Send some bytes, not empty, as one chunk of the body (RFC 9112, 7.1)."""
+        self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
