@@ -8,7 +8,6 @@ import asyncio
 import json
 import os
 import sys
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from kvmesh.discovery.embedded_etcd import etcd_command, find_etcd, free_ports
 from kvmesh.discovery.etcd_client import EtcdClient, EtcdUnavailableError
 from kvmesh.discovery.memory import MemoryDiscovery
 from kvmesh.runtime.composition import Composition
+from kvmesh.runtime.run_folder import RunFolder
 from kvmesh.runtime.server import check_free
 from kvmesh.runtime.settings import Settings
 from kvmesh.runtime.supervisor import ChildSpec, Supervisor
@@ -54,7 +54,7 @@ class ProcessMesh:
             )
         Composition(settings, discovery=MemoryDiscovery()).check()
         self._settings = settings
-        self._folder = tempfile.TemporaryDirectory(prefix="kvmesh-")
+        self._folder = RunFolder()
         self._supervisor = Supervisor(stop_s=settings.waits.drain_s)
         self._tasks = OwnedTasks()
         self._topology = frontend_pb2.Topology()
@@ -109,7 +109,7 @@ class ProcessMesh:
         await self._supervisor.stop(workers)
         await self._supervisor.stop(names)
         await self._supervisor.aclose()
-        self._folder.cleanup()
+        self._folder.remove()
 
     async def _choose_ports(self) -> None:
         grpc_door, http_door = self._settings.grpc, self._settings.http
@@ -129,9 +129,7 @@ class ProcessMesh:
                 field="discovery.store",
             )
         client_port, peer_port = free_ports(2)
-        command = etcd_command(
-            program, folder=Path(self._folder.name) / "etcd", client_port=client_port, peer_port=peer_port
-        )
+        command = etcd_command(program, folder=self._folder.path / "etcd", client_port=client_port, peer_port=peer_port)
         environment = {key: value for key, value in os.environ.items() if not key.startswith(_ETCD_PREFIX)}
         spec = ChildSpec(_ETCD, command, environment, reads_stdin=False, output_level="info")
         self._supervisor.start(spec)
@@ -165,7 +163,7 @@ class ProcessMesh:
         tree["discovery"]["store"] = f"etcd://{','.join(endpoints)}"
         tree["http"]["port"], tree["grpc"]["port"] = self._http_port, self._grpc_port
         tree["log"]["format"] = "json"
-        path = Path(self._folder.name) / "settings.yaml"
+        path = self._folder.path / "settings.yaml"
         path.write_text(json.dumps(tree))
         return path
 

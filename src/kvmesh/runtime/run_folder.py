@@ -1,0 +1,41 @@
+"""A folder for the life of one process, and the end of those whose process was killed before it could remove its own."""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+_PREFIX = "kvmesh-run-"
+_LOCK = "owner.lock"
+
+
+class RunFolder:
+    """An empty folder, held by a lock that the kernel frees when this process ends, however it does."""
+
+    def __init__(self, parent: Path | None = None) -> None:
+        """Make it in `parent`, by default where the system keeps temporary files, and remove what others left there."""
+        parent = parent or Path(tempfile.gettempdir())
+        _remove_abandoned(parent)
+        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+        self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+
+    def remove(self) -> None:
+        """Remove it and what is in it. Idempotent."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+
+def _remove_abandoned(parent: Path) -> None:
+    for lock in parent.glob(f"{_PREFIX}*/{_LOCK}"):
+        with contextlib.suppress(OSError):  # another user's, or gone by now
+            fd = os.open(lock, os.O_RDWR)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(lock.parent, ignore_errors=True)
+            finally:
+                os.close(fd)
