@@ -1,4 +1,4 @@
-"""A folder for the life of one process, and the end of those whose process was killed before it could remove its own."""
+"""A folder for the life of one process, and the end of those whose process was killed before it removed its own."""
 
 import contextlib
 import fcntl
