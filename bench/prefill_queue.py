@@ -1,0 +1,163 @@
+"""What the prefill queue adds to a prefill: from Submit to `completed` of an empty task, between two processes.
+
+    make bench-queue
+    python bench/prefill_queue.py --tasks 500 --in-flight 1
+
+The queue is a process of its own; this one is the submitters and one worker that completes at once what it leases. The
+least that the calls on the way could take is measured beside it: as many empty unary calls (GetStats), one by one.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+
+import grpc
+import uvloop
+from rich.console import Console
+from rich.table import Table
+
+from kvmesh import telemetry
+from kvmesh.runtime.server import GrpcServer
+from kvmesh.services.channels import CHANNEL_OPTIONS
+from kvmesh.services.prefill_queue import PrefillQueue
+from kvmesh.v1 import generation_pb2, prefill_queue_pb2, prefill_queue_pb2_grpc
+
+_WORKER = "bench/prefill/0"
+_LEASE_WAIT_S = 1
+_CALLS_PER_TASK = 3
+"""Submit, Lease's answer and Complete: what a task cannot do without."""
+
+
+async def serve() -> None:
+    """Serve a queue, say where, and end with stdin."""
+    queue = PrefillQueue()
+    server = GrpcServer()
+    server.add(
+        queue,
+        prefill_queue_pb2.DESCRIPTOR.services_by_name["PrefillQueue"],
+        prefill_queue_pb2_grpc.add_PrefillQueueServicer_to_server,
+    )
+    print(await server.start("127.0.0.1", 0, flag="--port"), flush=True)
+    await asyncio.to_thread(sys.stdin.read)
+    queue.close()
+    await server.drain_and_stop(1.0)
+
+
+class Worker:
+    """Leases and completes at once."""
+
+    def __init__(self, stub: prefill_queue_pb2_grpc.PrefillQueueStub) -> None:
+        """Attach with `run`."""
+        self._stub = stub
+
+    async def run(self, attached: asyncio.Event, *, at_once: int) -> None:
+        """Work until cancelled."""
+        attachment = self._stub.Attach(
+            prefill_queue_pb2.AttachRequest(worker_id=_WORKER, epoch=1, models=["bench"]), timeout=3600
+        )
+        await attachment.read()
+        attached.set()
+        wanted = prefill_queue_pb2.LeaseRequest(worker_id=_WORKER, epoch=1, max_tasks=at_once)
+        wanted.wait.FromSeconds(_LEASE_WAIT_S)
+        while True:
+            leased = await self._stub.Lease(wanted, timeout=60)
+            await asyncio.gather(*(self._complete(task) for task in leased.tasks))
+
+    async def _complete(self, leased: prefill_queue_pb2.LeasedTask) -> None:
+        key = prefill_queue_pb2.TaskKey(request_id=leased.task.request_id, attempt=leased.task.attempt)
+        result = prefill_queue_pb2.TaskCompleted(handoff=generation_pb2.KvHandoff(worker_id=_WORKER))
+        await self._stub.Complete(
+            prefill_queue_pb2.CompleteRequest(key=key, lease_id=leased.lease_id, result=result), timeout=60
+        )
+
+
+async def measure(port: int, *, tasks: int, in_flight: int) -> dict[str, float]:
+    """Return the figures of one run."""
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=CHANNEL_OPTIONS) as channel:
+        stub = prefill_queue_pb2_grpc.PrefillQueueStub(channel)
+        floor_ms = await _floor_ms(stub)
+        attached = asyncio.Event()
+        working = asyncio.create_task(Worker(stub).run(attached, at_once=in_flight))
+        await asyncio.wait([working, asyncio.create_task(attached.wait())], return_when=asyncio.FIRST_COMPLETED)
+        names = iter(range(tasks))
+        taken: list[float] = []
+        began = time.perf_counter()
+
+        async def submit_all() -> None:
+            taken.extend([await _one(stub, f"{began}-{name}") for name in names])
+
+        await asyncio.gather(*(submit_all() for _ in range(in_flight)))
+        wall_s = time.perf_counter() - began
+        working.cancel()
+        await asyncio.gather(working, return_exceptions=True)
+    taken.sort()
+    return {
+        "ms_p50": statistics.median(taken),
+        "ms_p99": taken[int(len(taken) * 0.99)],
+        "tasks_s": tasks / wall_s,
+        "floor_ms": floor_ms,
+    }
+
+
+async def _one(stub: prefill_queue_pb2_grpc.PrefillQueueStub, name: str) -> float:
+    task = prefill_queue_pb2.PrefillTask(request_id=name, attempt=1, model="bench")
+    task.token_ids.token_ids.append(1)
+    began = time.perf_counter()
+    async for answer in stub.Submit(prefill_queue_pb2.SubmitRequest(task=task), timeout=60):
+        if answer.HasField("completed"):
+            return (time.perf_counter() - began) * 1e3
+    raise SystemExit(f"the stream of {name} ended without `completed`")
+
+
+async def _floor_ms(stub: prefill_queue_pb2_grpc.PrefillQueueStub, calls: int = 200) -> float:
+    taken = []
+    for _ in range(calls):
+        began = time.perf_counter()
+        await stub.GetStats(prefill_queue_pb2.GetStatsRequest(), timeout=10)
+        taken.append((time.perf_counter() - began) * 1e3)
+    return _CALLS_PER_TASK * statistics.median(taken)
+
+
+def main() -> None:
+    """Measure every case several times and print medians."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--tasks", type=int, default=400, help="of each run")
+    parser.add_argument("--in-flight", type=int, nargs="+", default=[1, 16], help="tasks submitted at once")
+    given = parser.parse_args()
+    if given.serve:
+        telemetry.configure_logging(level="warning", log_format="json", stream=sys.stderr)
+        uvloop.run(serve())
+        return
+    command = [sys.executable, __file__, "--serve"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        port = int(child.stdout.readline())
+        uvloop.run(measure(port, tasks=100, in_flight=1))  # warm up
+        reports = []
+        for in_flight in given.in_flight:
+            runs = [uvloop.run(measure(port, tasks=given.tasks, in_flight=in_flight)) for _ in range(given.runs)]
+            ours = {name: round(statistics.median(run[name] for run in runs), 3) for name in runs[0]}
+            reports.append({"params": {"in_flight": in_flight, "tasks": given.tasks}, "ours": ours})
+        assert child.stdin is not None
+        child.stdin.close()
+    table = Table(
+        "in flight", *reports[0]["ours"], title="Submit to completed, one empty task; floor = three unary calls"
+    )
+    for report in reports:
+        table.add_row(str(report["params"]["in_flight"]), *(f"{value:,.2f}" for value in report["ours"].values()))
+    Console(stderr=True, width=120).print(table)
+    machine = {"cpus": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()}
+    cases = [{**report, "peer": None, "ratio": None} for report in reports]
+    print(json.dumps({"bench": "queue", "machine": machine, "cases": cases}))
+
+
+if __name__ == "__main__":
+    main()
