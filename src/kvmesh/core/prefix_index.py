@@ -1,58 +1,38 @@
 """Which worker rank holds which prefix.
 
 Laws:
-    - A key is a sequence hash, so it stands for a block and all before it and has one parent for ever.
-    - Closed prefix: a rank that holds a key here holds its parent here. What a rank holds below a block it lost is kept
-      aside, per rank and bounded, and re-attached when that block returns.
-    - So the ranks that hold key i of a sequence only shrink as i grows, and `match` bisects; it never walks.
+    - A block's sequence hash, that of core/hashing.py, stands for it and all before it, and has one parent for ever.
+    - Closed prefix: a rank that holds a block here holds its parent here. What a rank holds below a block it lost is
+      kept aside, per rank and bounded, and re-attached when that block returns.
+    - So the ranks that hold block i of a sequence only shrink as i grows, and `match` bisects; it never walks.
 
-A rank is one bit. Forgetting a rank retires its bit at once; a sweep over the runs of keys (`core/block_runs.py`), a
+A rank is one bit. Forgetting a rank retires its bit at once; a sweep over the runs of blocks (`core/block_runs.py`), a
 few per later call that changes the index, wipes retired bits, and a bit is given out again only after a whole sweep, so
 that no rank inherits anything.
 
 At `max_pairs` (pairs attached, aside, and retired but not yet swept) a store first finishes the sweep; if it still
-does not fit it is refused whole, counted, and its rank listed in `stats.incomplete` until it is cleared or removed.
+does not fit it is refused whole, counted, and its rank listed in `stats.incomplete` until it is cleared or removed. The
+same goes for a rank at its own limit (`limit`): one that stores far more than its worker said it has room for has lost
+removals on the way. Nothing expires by age: what a worker says it holds is true until it says otherwise or is gone.
+What was only routed to it is another index, `core/approximate_index.py`, and that one expires.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import repeat
 
-from kvmesh.core.block_runs import Run, RunTree
+from kvmesh.core.block_run import Run
+from kvmesh.core.block_runs import RunTree
+from kvmesh.core.errors import FixRequestError, Reason
 from kvmesh.core.ids import SequenceHash, WorkerId, WorkerRank
+from kvmesh.core.prefix_match import match_masks
 from kvmesh.core.prefix_records import HeldBlock, IndexStats, StoreOutcome, StoreResult
+from kvmesh.core.rank_bits import RankBits
+from kvmesh.core.rank_blocks import Orphan, RankBlocks, orphans_of
 
 __all__ = ["HeldBlock", "IndexStats", "PrefixIndex", "StoreOutcome", "StoreResult"]
 
 _SWEEP_RUNS = 16
 """Runs wiped per change."""
-_DECODED_MASKS = 4096
-
-
-@dataclass(slots=True, eq=False)
-class _Member:
-    """What is known of one rank besides its bit in the runs."""
-
-    worker: WorkerRank
-    bit: int = 0
-    """One bit, or 0 before it stores anything."""
-    pairs: int = 0
-    aside: dict[SequenceHash, SequenceHash] = field(default_factory=dict)
-    """Kept aside: block -> parent. Neither is attached."""
-    below: dict[SequenceHash, set[SequenceHash]] = field(default_factory=dict)
-    """The same, parent -> blocks."""
-
-    def put_aside(self, block: SequenceHash, parent: SequenceHash) -> None:
-        self.aside[block] = parent
-        self.below.setdefault(parent, set()).add(block)
-
-    def take_aside(self, block: SequenceHash) -> bool:
-        parent = self.aside.pop(block, None)
-        if parent is None:
-            return False
-        self.below[parent].discard(block)
-        if not self.below[parent]:
-            del self.below[parent]
-        return True
 
 
 class PrefixIndex:
@@ -63,66 +43,52 @@ class PrefixIndex:
         self._max_pairs = max_pairs
         self._max_aside = max_aside_per_worker
         self._tree = RunTree()
-        self._members: dict[WorkerRank, _Member] = {}
+        self._members: dict[WorkerRank, RankBlocks] = {}
         self._aside_pairs = 0
+        self._limits: dict[WorkerRank, int] = {}
         self._incomplete: set[WorkerRank] = set()
-        self._owners: list[WorkerRank | None] = []
-        """By bit number."""
-        self._free_bits: list[int] = []
-        """Bit numbers to give out again."""
-        self._alive = 0
-        self._retired = 0
-        """Bits that wait for the next sweep."""
-        self._decoded: dict[int, tuple[WorkerRank, ...]] = {}
+        self._bits = RankBits()
         self._rejected = dict.fromkeys(StoreResult, 0)
         self._dropped_aside = 0
 
     def match(self, block_hashes: Sequence[SequenceHash]) -> dict[WorkerRank, int]:
-        """Return the leading blocks that each rank holds, ranks with none left out.
-
-        `block_hashes` must be one chained sequence. O(d log n) for n blocks and d distinct depths.
-        """
+        """Return the leading blocks that each rank holds, ranks with none left out; see `match_masks`."""
         depths: dict[WorkerRank, int] = {}
-        find = self._tree.runs.get
-        first = find(block_hashes[0]) if block_hashes else None
-        if first is None:
-            return depths
-        # In a span `holders` hold block `low` and, of them, `keepers` hold block `high`; nobody holds block n.
-        spans = [(0, first.mask & self._alive, len(block_hashes), 0)]
-        while spans:
-            low, holders, high, keepers = spans.pop()
-            while holders != keepers:
-                if high - low == 1:
-                    depths.update(dict.fromkeys(self._ranks_of(holders & ~keepers), high))
-                    break
-                middle = (low + high) >> 1
-                run = find(block_hashes[middle])
-                mask = run.mask & holders if run is not None else 0
-                if mask != keepers:
-                    spans.append((middle, mask, high, keepers))
-                high, keepers = middle, mask
+        for mask, depth in self.match_masks(block_hashes):
+            depths.update(dict.fromkeys(self._bits.ranks_of(mask), depth))
         return depths
 
-    def depth(self, worker: WorkerRank, block_hashes: Sequence[SequenceHash]) -> int:
-        """Count the leading blocks of one chained sequence that `worker` holds; O(log n)."""
+    def match_masks(self, block_hashes: Sequence[SequenceHash]) -> list[tuple[int, int]]:
+        """Return (bits of the ranks that hold exactly so many leading blocks, how many), no rank twice, no depth 0.
+
+        `block_hashes` must be one chained sequence; `PromptBlocks` with local hashes need not be chained for it as long
+        as every store brought local hashes too. O(d log n) for n blocks, see `core/prefix_match.py`.
+        """
+        return match_masks(self._tree, self._bits.alive, block_hashes)
+
+    @property
+    def version(self) -> int:
+        """A number that changes whenever a rank gets or loses its bit."""
+        return self._bits.version
+
+    def bit_of(self, worker: WorkerRank) -> int | None:
+        """Return the number of a rank's bit in `match_masks`, or None while it has none: then it holds nothing."""
         member = self._members.get(worker)
-        low, high = 0, len(block_hashes) if member else 0
-        while low < high:
-            middle = (low + high) >> 1
-            if self._is_attached(member, block_hashes[middle]):
-                low = middle + 1
-            else:
-                high = middle
-        return low
+        return member.bit.bit_length() - 1 if member is not None else None
+
+    def depth(self, worker: WorkerRank, block_hashes: Sequence[SequenceHash]) -> int:
+        """Count the leading blocks of one chained sequence that `worker` holds; O(log n) like `match_masks`."""
+        member = self._members.get(worker)
+        found = match_masks(self._tree, member.bit, block_hashes) if member is not None else ()
+        return found[0][1] if found else 0
 
     def blocks_of(self, worker: WorkerRank) -> frozenset[SequenceHash]:
-        """Return every block `worker` holds, aside ones too, to compare with its own table; O(keys)."""
+        """Return every block `worker` holds, aside ones too, to compare with its own table; O(blocks)."""
         member = self._members.get(worker)
         if member is None:
             return frozenset()
-        return frozenset(key for run in self._tree.order if run.mask & member.bit for key in run.keys) | set(
-            member.aside
-        )
+        runs = (run for run in self._tree.order if run.mask & member.bit)
+        return frozenset(SequenceHash(block) for run in runs for block in run.hashes) | member.aside.keys()
 
     def dump(self) -> Iterator[HeldBlock]:
         """Yield all attached pairs, parents first, in an order that depends on the content alone.
@@ -132,20 +98,39 @@ class PrefixIndex:
         stack = [self._tree.root]
         while stack:
             run = stack.pop()
-            holders = sorted(self._ranks_of(run.mask & self._alive)) if run.keys else []
-            parent = run.parent_key
-            for key in run.keys:
+            holders = sorted(self._bits.ranks_of(run.mask & self._bits.alive)) if run.hashes else []
+            parent = run.above
+            for block, local_hash in zip(run.hashes, run.local_hashes() if holders else (), strict=False):
                 for worker in holders:
-                    yield HeldBlock(worker, parent, key)
-                parent = key
-            stack += sorted(run.children or (), key=_first_key, reverse=True)
+                    yield HeldBlock(worker, parent, SequenceHash(block), local_hash)
+                parent = SequenceHash(block)
+            stack += sorted(run.children(), key=_first_block, reverse=True)
+
+    def restore(self, dump: Iterable[HeldBlock]) -> int:
+        """Store every pair of a dump, and count those that could be: all of them into an index without bounds."""
+        restored = 0
+        for held in dump:
+            local = None if held.local_hash is None else (held.local_hash,)
+            outcome = self.store(held.worker, parent=held.parent, block_hashes=(held.block_hash,), local_hashes=local)
+            restored += outcome.result is StoreResult.STORED
+        return restored
+
+    def limit(self, worker: WorkerRank, max_blocks: int | None) -> None:
+        """Bound the blocks of one rank, attached and aside; None: no bound but `max_pairs`. What it has, it keeps.
+
+        Give it room beyond what its worker advertises, for events on their way and for caches of lower tiers.
+        """
+        if max_blocks is None:
+            self._limits.pop(worker, None)
+        else:
+            self._limits[worker] = max_blocks
 
     @property
     def stats(self) -> IndexStats:
         """Return the current figures; O(workers)."""
         pairs = sum(member.pairs for member in self._members.values())
         return IndexStats(
-            keys=len(self._tree.runs),
+            keys=len(self._tree.by_hash),
             pairs=pairs,
             aside_pairs=self._aside_pairs,
             unswept_pairs=self._tree.pairs - pairs,
@@ -158,19 +143,32 @@ class PrefixIndex:
         )
 
     def store(
-        self, worker: WorkerRank, *, parent: SequenceHash | None, block_hashes: Sequence[SequenceHash]
+        self,
+        worker: WorkerRank,
+        *,
+        parent: SequenceHash | None,
+        block_hashes: Sequence[SequenceHash],
+        local_hashes: Sequence[int] | None = None,
     ) -> StoreOutcome:
         """Record that `worker` holds `block_hashes`, each below its predecessor, the first below `parent`.
 
-        Idempotent. Below a parent kept aside they go aside too. O(blocks), amortised.
+        Idempotent. Below a parent kept aside they go aside too. O(blocks), amortised. Blocks that come without
+        `local_hashes` (None or empty), and those below them, are found by sequence hash alone; as long as one of them
+        is here, every query goes by sequence hashes, which have to be chained for it.
+
+        Raises: FixRequestError(INVALID_FIELD) `local_hashes` if they are not one per block.
         """
+        if local_hashes and len(local_hashes) != len(block_hashes):
+            raise FixRequestError(
+                Reason.INVALID_FIELD, f"{len(local_hashes)} for {len(block_hashes)} blocks", field="local_hashes"
+            )
         self._sweep(_SWEEP_RUNS)
-        outcome = self._try_store(worker, parent, block_hashes)
+        outcome = self._try_store(worker, parent, block_hashes, local_hashes)
         forgotten_in_the_way = outcome.result in (StoreResult.CONFLICTING_PARENT, StoreResult.FULL)
-        if forgotten_in_the_way and (self._retired or self._tree.wiping):
-            while self._retired or self._tree.wiping:
+        if forgotten_in_the_way and (self._bits.waiting or self._tree.wiping):
+            while self._bits.waiting or self._tree.wiping:
                 self._sweep(len(self._tree.order))
-            outcome = self._try_store(worker, parent, block_hashes)
+            outcome = self._try_store(worker, parent, block_hashes, local_hashes)
         if outcome.result is not StoreResult.STORED:
             self._rejected[outcome.result] += 1
         if outcome.result is StoreResult.FULL:
@@ -186,195 +184,198 @@ class PrefixIndex:
         member = self._members.get(worker)
         if member is None:
             return 0
-        removed = 0
-        lost: dict[SequenceHash, SequenceHash | None] = {}
         unwanted = dict.fromkeys(block_hashes)
+        gone: set[SequenceHash] = set()
+        orphans: dict[SequenceHash, Orphan] = {}
+        removed = 0
         for block in unwanted:
-            if self._is_attached(member, block):
-                lost |= self._tree.release(block, member.bit)
-            elif member.take_aside(block):
-                self._aside_pairs -= 1
-            elif block not in lost:
+            if block in gone:
                 continue
-            removed += 1
-        member.pairs -= len(lost)
-        self._keep_aside(
-            member, {block: above for block, above in lost.items() if block not in unwanted and above is not None}
-        )
-        return removed
+            if self._tree.holds(block, member.bit):
+                for lost in self._tree.release(block, member.bit, unwanted=unwanted):
+                    member.pairs -= len(lost.hashes)
+                    gone.update(lost.hashes)
+                    if lost.local_hashes:
+                        orphans |= orphans_of(lost, unwanted)
+            elif member.take(block) is not None:
+                self._aside_pairs -= 1
+                removed += 1
+        self._keep_aside(member, orphans)
+        return removed + len(gone) - len(orphans)
 
     def clear(self, worker: WorkerRank) -> None:
-        """Forget every block of one rank, e.g. because its cache was cleared; see `remove_rank`."""
-        self.remove_rank(worker)
-
-    def remove_worker(self, worker_id: WorkerId) -> None:
-        """Forget all ranks of a worker."""
-        for worker in self._members.keys() | self._incomplete:
-            if worker.worker_id == worker_id:
-                self.remove_rank(worker)
-
-    def remove_rank(self, worker: WorkerRank) -> None:
-        """Forget one rank of a worker. O(1) but for its orphans; a sweep returns the memory."""
+        """Forget every block of one rank, e.g. because its cache was cleared; its limit stays. See `remove_rank`."""
         self._sweep(_SWEEP_RUNS)
         self._incomplete.discard(worker)
         member = self._members.pop(worker, None)
         if member is None:
             return
         self._aside_pairs -= len(member.aside)
-        number = member.bit.bit_length() - 1
-        self._owners[number] = None
-        self._alive &= ~member.bit
-        self._decoded.clear()
-        if member.pairs:
-            self._retired |= member.bit
-        else:
-            self._free_bits.append(number)
+        self._bits.retire(member.bit, is_marked=member.pairs > 0)
+
+    def remove_worker(self, worker_id: WorkerId) -> None:
+        """Forget all ranks of a worker."""
+        for worker in self._members.keys() | self._incomplete | self._limits.keys():
+            if worker.worker_id == worker_id:
+                self.remove_rank(worker)
+
+    def remove_rank(self, worker: WorkerRank) -> None:
+        """Forget one rank of a worker. O(1) but for its orphans; a sweep returns the memory."""
+        self.clear(worker)
+        self._limits.pop(worker, None)
 
     def check_integrity(self) -> None:
-        """Assert the laws of this module and of its runs; O(keys x ranks), for tests."""
+        """Assert the laws of this module and of its parts; O(blocks x ranks), for tests."""
         self._tree.check_integrity()
-        wiped_or_waiting = self._retired | self._tree.wiping
-        assert not self._alive & wiped_or_waiting
+        self._bits.check_integrity()
+        assert not self._bits.alive & self._tree.wiping
         for run in self._tree.order:
-            assert not run.mask & ~(self._alive | wiped_or_waiting)
+            assert not run.mask & ~(self._bits.alive | self._bits.waiting | self._tree.wiping)
             assert run.parent is not None
-            assert not run.mask & self._alive & ~run.parent.mask
+            assert not run.mask & self._bits.alive & ~run.parent.mask
         for worker, member in self._members.items():
-            assert member.worker == worker
-            assert member.bit.bit_count() == 1
-            assert member.bit & self._alive
-            assert self._owners[member.bit.bit_length() - 1] == worker
-            assert member.pairs == sum(len(run.keys) for run in self._tree.order if run.mask & member.bit)
+            assert self._bits.ranks_of(member.bit) == (worker,) == (member.worker,)
+            assert member.pairs == sum(len(run.hashes) for run in self._tree.order if run.mask & member.bit)
             assert len(member.aside) <= self._max_aside
-            assert {(block, above) for above, blocks in member.below.items() for block in blocks} == set(
-                member.aside.items()
-            )
-            assert not any(self._is_attached(member, key) for pair in member.aside.items() for key in pair)
-        assert len(self._members) == self._alive.bit_count()
+            member.check_integrity()
+            assert not any(self._tree.holds(block, member.bit) for block in [*member.aside, *member.below])
+        assert len(self._members) == self._bits.alive.bit_count()
         assert self._aside_pairs == sum(len(member.aside) for member in self._members.values())
         assert self._max_pairs is None or self._tree.pairs + self._aside_pairs <= self._max_pairs
-        assert all(not (self._alive | wiped_or_waiting) >> number & 1 for number in self._free_bits)
 
     def _try_store(
-        self, worker: WorkerRank, parent: SequenceHash | None, blocks: Sequence[SequenceHash]
+        self,
+        worker: WorkerRank,
+        parent: SequenceHash | None,
+        blocks: Sequence[SequenceHash],
+        local_hashes: Sequence[int] | None,
     ) -> StoreOutcome:
         member = self._members.get(worker)
-        if member is not None and parent is not None and parent in member.aside:
-            return self._try_store_aside(member, parent, blocks)
-        if parent is not None and not self._is_attached(member, parent):
-            return StoreOutcome(StoreResult.UNKNOWN_PARENT)
+        if parent is not None:
+            if member is None:
+                return StoreOutcome(StoreResult.UNKNOWN_PARENT)
+            if self._try_extend(member, parent, blocks, local_hashes):
+                return StoreOutcome(StoreResult.STORED, len(blocks))
+            if parent in member.aside:
+                return self._try_store_aside(member, parent, blocks, local_hashes)
+            if not self._tree.holds(parent, member.bit):
+                return StoreOutcome(StoreResult.UNKNOWN_PARENT)
+        return self._try_attach(worker, parent, blocks, local_hashes)
+
+    def _try_extend(
+        self,
+        member: RankBlocks,
+        parent: SequenceHash,
+        blocks: Sequence[SequenceHash],
+        local_hashes: Sequence[int] | None,
+    ) -> bool:
+        """Store new blocks at the end of what the rank holds alone, if it is that simple."""
+        if member.aside or not self._has_room(member.worker, member, len(blocks)):
+            return False
+        if not self._tree.extend(parent, blocks, member.bit, local_hashes):
+            return False
+        member.pairs += len(blocks)
+        return True
+
+    def _try_attach(
+        self,
+        worker: WorkerRank,
+        parent: SequenceHash | None,
+        blocks: Sequence[SequenceHash],
+        local_hashes: Sequence[int] | None,
+    ) -> StoreOutcome:
+        member = self._members.get(worker)
         path = self._tree.follow(parent, blocks)
         if path is None:
             return StoreOutcome(StoreResult.CONFLICTING_PARENT)
         held = path.held(member.bit if member else 0)
         fresh = blocks[held:]
-        returning = 0
-        if member is not None and member.aside:
-            for above, block in zip([blocks[held - 1] if held else parent, *fresh], fresh, strict=False):
-                if member.aside.get(block, above) != above:
-                    return StoreOutcome(StoreResult.CONFLICTING_PARENT)
-                returning += block in member.aside
+        returning = member.returning(blocks[held - 1] if held else parent, fresh) if member is not None else 0
+        if returning is None:
+            return StoreOutcome(StoreResult.CONFLICTING_PARENT)
         stored = len(fresh) - returning
-        if not self._has_room(stored):
+        if not self._has_room(worker, member, stored):
             return StoreOutcome(StoreResult.FULL)
         if fresh:
-            member = member or self._join(worker)
-            self._tree.hold(path, member.bit)
+            if member is None:
+                member = self._members[worker] = RankBlocks(worker, self._bits.join(worker))
+            self._tree.hold(path, member.bit, local_hashes)
             member.pairs += len(fresh)
             self._reattach(member, fresh)
         return StoreOutcome(StoreResult.STORED, stored, len(blocks) - stored)
 
-    def _try_store_aside(self, member: _Member, parent: SequenceHash, blocks: Sequence[SequenceHash]) -> StoreOutcome:
-        fresh: dict[SequenceHash, SequenceHash] = {}
-        for above, block in zip([parent, *blocks], blocks, strict=False):
-            known = block in member.aside or block in fresh
-            known_above = member.aside.get(block, fresh.get(block))
-            if not known and block in self._tree.runs:
-                known, known_above = True, self._tree.parent_of(block)
-            if known and known_above != above:
+    def _try_store_aside(
+        self,
+        member: RankBlocks,
+        parent: SequenceHash,
+        blocks: Sequence[SequenceHash],
+        local_hashes: Sequence[int] | None,
+    ) -> StoreOutcome:
+        fresh: dict[SequenceHash, Orphan] = {}
+        above = parent
+        for block, local_hash in zip(blocks, local_hashes or repeat(None), strict=False):
+            orphan = member.aside.get(block) or fresh.get(block)
+            if orphan is not None:
+                is_known_elsewhere = orphan.parent != above
+            else:
+                is_known_elsewhere = self._tree.has_elsewhere(block, above)
+            if is_known_elsewhere:
                 return StoreOutcome(StoreResult.CONFLICTING_PARENT)
             if block not in member.aside:
-                fresh[block] = above
-        if len(member.aside) + len(fresh) > self._max_aside or not self._has_room(len(fresh)):
+                fresh[block] = Orphan(above, local_hash)
+            above = block
+        has_room_aside = len(member.aside) + len(fresh) <= self._max_aside
+        if not has_room_aside or not self._has_room(member.worker, member, len(fresh)):
             return StoreOutcome(StoreResult.FULL)
         self._keep_aside(member, fresh)
         return StoreOutcome(StoreResult.STORED, len(fresh), len(blocks) - len(fresh))
 
-    def _keep_aside(self, member: _Member, orphans: dict[SequenceHash, SequenceHash]) -> None:
+    def _keep_aside(self, member: RankBlocks, orphans: dict[SequenceHash, Orphan]) -> None:
         if len(member.aside) + len(orphans) > self._max_aside:
             self._dropped_aside += len(orphans)
             self._incomplete.add(member.worker)
             return
         self._aside_pairs += len(orphans)
-        for block, above in orphans.items():
-            member.put_aside(block, above)
+        member.put_aside(orphans)
 
-    def _reattach(self, member: _Member, returned: Sequence[SequenceHash]) -> None:
+    def _reattach(self, member: RankBlocks, returned: Sequence[SequenceHash]) -> None:
         """Attach what was kept aside below blocks that are attached again, and below those, and so on."""
         if not member.aside:
             return
-        self._aside_pairs -= sum(member.take_aside(block) for block in returned)
+        self._aside_pairs -= sum(member.take(block) is not None for block in returned)
         above_orphans = list(returned)
         while above_orphans:
             above = above_orphans.pop()
             for block in sorted(member.below.get(above, ())):
-                member.take_aside(block)
+                orphan = member.take(block)
+                assert orphan is not None
                 self._aside_pairs -= 1
                 path = self._tree.follow(above, [block])
                 if path is None:
                     self._dropped_aside += 1
                     self._incomplete.add(member.worker)
                     continue
-                self._tree.hold(path, member.bit)
+                self._tree.hold(path, member.bit, None if orphan.local_hash is None else [orphan.local_hash])
                 member.pairs += 1
                 above_orphans.append(block)
-
-    def _join(self, worker: WorkerRank) -> _Member:
-        """Give a rank a bit that no run has."""
-        if not self._free_bits:
-            self._free_bits.append(len(self._owners))
-            self._owners.append(None)
-        number = self._free_bits.pop()
-        self._owners[number] = worker
-        self._alive |= 1 << number
-        member = self._members[worker] = _Member(worker, 1 << number)
-        return member
 
     def _sweep(self, run_count: int) -> None:
         """Wipe retired bits from some runs, and free the bits when a sweep is whole."""
         if not self._tree.wiping:
-            if not self._retired:
+            if not self._bits.waiting:
                 return
-            self._tree.begin_wipe(self._retired)
-            self._retired = 0
-        self._free_bits += _bit_numbers(self._tree.wipe(run_count))
+            self._tree.begin_wipe(self._bits.begin_wipe())
+        self._bits.free(self._tree.wipe(run_count))
 
-    def _has_room(self, pairs: int) -> bool:
-        if self._max_pairs is None or not pairs:
+    def _has_room(self, worker: WorkerRank, member: RankBlocks | None, pairs: int) -> bool:
+        if not pairs:
             return True
-        return self._tree.pairs + self._aside_pairs + pairs <= self._max_pairs
-
-    def _is_attached(self, member: _Member | None, block: SequenceHash) -> bool:
-        run = self._tree.runs.get(block)
-        return member is not None and run is not None and bool(run.mask & member.bit)
-
-    def _ranks_of(self, mask: int) -> tuple[WorkerRank, ...]:
-        ranks = self._decoded.get(mask)
-        if ranks is None:
-            owners = (self._owners[number] for number in _bit_numbers(mask))
-            ranks = tuple(owner for owner in owners if owner is not None)
-            if len(self._decoded) >= _DECODED_MASKS:
-                self._decoded.clear()
-            self._decoded[mask] = ranks
-        return ranks
+        if self._limits:
+            held = member.pairs + len(member.aside) if member is not None else 0
+            if held + pairs > self._limits.get(worker, held + pairs):
+                return False
+        return self._max_pairs is None or self._tree.pairs + self._aside_pairs + pairs <= self._max_pairs
 
 
-def _bit_numbers(mask: int) -> Iterator[int]:
-    while mask:
-        lowest = mask & -mask
-        yield lowest.bit_length() - 1
-        mask ^= lowest
-
-
-def _first_key(run: Run) -> SequenceHash:
-    return run.keys[0]
+def _first_block(run: Run) -> int:
+    return run.hashes[0]

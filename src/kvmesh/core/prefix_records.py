@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
-from kvmesh.core.ids import SequenceHash, WorkerRank
+from kvmesh.core.ids import LocalHash, SequenceHash, WorkerRank
 
 
 class StoreResult(Enum):
@@ -16,7 +16,7 @@ class StoreResult(Enum):
     CONFLICTING_PARENT = "conflicting_parent"
     """A block is known below another parent already: the sender's keys are not sequence hashes."""
     FULL = "full"
-    """No room under `max_pairs` or `max_aside_per_worker`: the rank is incomplete from now on."""
+    """No room under `max_pairs`, the rank's own limit or `max_aside_per_worker`: it is incomplete from now on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +31,13 @@ class StoreOutcome:
 
 
 class HeldBlock(NamedTuple):
-    """One (rank, block) pair of a dump; `store(worker, parent=parent, block_hashes=[block_hash])` replays it."""
+    """One (rank, block) pair of a dump; `restore` replays it."""
 
     worker: WorkerRank
     parent: SequenceHash | None
     block_hash: SequenceHash
+    local_hash: LocalHash | None = None
+    """None where that of this block, or of one above it, is not known."""
 
 
 @dataclass(frozen=True, slots=True)

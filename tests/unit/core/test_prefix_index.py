@@ -2,9 +2,11 @@ from collections.abc import Sequence
 
 import pytest
 
+from kvmesh.core.errors import FixRequestError, Reason
 from kvmesh.core.hashing import sequence_hashes
 from kvmesh.core.ids import SequenceHash, WorkerId, WorkerRank
 from kvmesh.core.prefix_index import HeldBlock, PrefixIndex, StoreOutcome, StoreResult
+from kvmesh.core.prompt_blocks import PromptBlocks
 from kvmesh.testing.naive_prefix_index import NaivePrefixIndex
 
 W0, W1, W2 = (WorkerRank(WorkerId(f"n/decode/{number}")) for number in range(3))
@@ -201,8 +203,7 @@ def test_a_dump_lists_parents_first_and_replays_to_an_equal_dump(index: Index) -
     copy = PrefixIndex()
 
     dump = list(index.dump())
-    for worker, parent, block in dump:
-        copy.store(worker, parent=parent, block_hashes=[block])
+    assert copy.restore(dump) == 6
 
     assert dump == [
         HeldBlock(W0, None, one),
@@ -364,3 +365,103 @@ def test_restarting_ranks_do_not_use_up_bits() -> None:
     index.check_integrity()
     assert index.match(seq(1, 2)) == {W0: 2}
     assert index.stats.keys == 2
+
+
+def test_blocks_whose_hashes_share_60_bits_are_told_apart() -> None:
+    index = PrefixIndex()
+    one, below = SequenceHash(11), SequenceHash(12)
+    like_one, like_below = SequenceHash(11 + 2**60), SequenceHash(12 + 2**61)
+    index.store(W0, parent=None, block_hashes=[one, below])
+
+    assert index.store(W1, parent=None, block_hashes=[like_one]) == StoreOutcome(StoreResult.CONFLICTING_PARENT)
+    assert index.store(W0, parent=like_one, block_hashes=[SequenceHash(13)]).result is StoreResult.UNKNOWN_PARENT
+    assert index.remove(W0, [like_one, like_below]) == 0
+    assert index.match([like_one]) == {}
+    assert index.match([one, like_below]) == {W0: 1}
+    assert index.match([one, below]) == {W0: 2}
+
+
+def test_prompts_are_found_by_keys_and_by_sequence_hashes_alike() -> None:
+    index = PrefixIndex()
+    local = list(range(1, 41))
+    index.store(W0, parent=None, block_hashes=seq(*local), local_hashes=local)
+    index.store(W1, parent=None, block_hashes=seq(*local[:20]), local_hashes=local[:20])
+
+    for query in (seq(*local), PromptBlocks.of_local(local, 16), PromptBlocks.of_sequence(seq(*local), 16)):
+        assert index.match(query) == {W0: 40, W1: 20}
+        assert index.depth(W1, query) == 20
+
+
+def test_blocks_without_local_hashes_are_found_by_any_query() -> None:
+    index = PrefixIndex()
+    store(index, W0, [1, 2, 3])
+    index.store(W1, parent=None, block_hashes=seq(1, 9), local_hashes=[1, 9])
+
+    assert index.match(PromptBlocks.of_local([1, 2, 3], 16)) == {W0: 3, W1: 1}
+    assert index.match(PromptBlocks.of_local([1, 9], 16)) == {W0: 1, W1: 2}
+
+
+def test_local_hashes_survive_being_kept_aside() -> None:
+    index = PrefixIndex()
+    local = [1, 2, 3, 4, 5]
+    blocks = seq(*local)
+    index.store(W0, parent=None, block_hashes=blocks, local_hashes=local)
+
+    index.remove(W0, [blocks[1]])
+    assert index.match(PromptBlocks.of_local(local, 16)) == {W0: 1}
+    index.store(W0, parent=blocks[0], block_hashes=[blocks[1]], local_hashes=[2])
+
+    assert index.match(PromptBlocks.of_local(local, 16)) == {W0: 5}
+    assert [held.local_hash for held in index.dump()] == local
+
+
+@pytest.mark.parametrize("local", [[1], [1, 2, 3]])
+def test_local_hashes_that_are_not_one_per_block_are_refused(local: list[int]) -> None:
+    index = PrefixIndex()
+
+    with pytest.raises(FixRequestError) as caught:
+        index.store(W0, parent=None, block_hashes=seq(1, 2), local_hashes=local)
+
+    assert (caught.value.reason, caught.value.field) == (Reason.INVALID_FIELD, "local_hashes")
+    assert index.stats.pairs == 0
+
+
+@pytest.mark.parametrize("kind", [PrefixIndex, NaivePrefixIndex])
+def test_a_rank_over_its_limit_is_refused_and_marked_and_the_others_go_on(kind: type[Index]) -> None:
+    index = kind()
+    index.limit(W0, 4)
+    store(index, W0, [1, 2, 3])
+    store(index, W1, [1, 2, 3])
+
+    assert store(index, W0, [1, 2, 3, 4, 5], after=3) == StoreOutcome(StoreResult.FULL)
+
+    assert index.stats.incomplete == frozenset({W0})
+    assert store(index, W0, [1, 2, 3, 4], after=3) == stored(1)
+    assert store(index, W1, [1, 2, 3, 4, 5, 6], after=3) == stored(3)
+    index.clear(W0)
+    assert index.stats.incomplete == frozenset()
+    assert store(index, W0, [1, 2, 3, 4, 5]) == StoreOutcome(StoreResult.FULL)
+    index.remove_worker(W0.worker_id)
+    assert store(index, W0, [1, 2, 3, 4, 5]) == stored(5)
+    index.limit(W0, 5)
+    index.limit(W0, None)
+    assert store(index, W0, [1, 2, 3, 4, 5, 6], after=5) == stored(1)
+
+
+def test_bits_change_with_the_version_alone() -> None:
+    index = PrefixIndex()
+    assert index.bit_of(W0) is None
+    versions = [index.version]
+    store(index, W0, [1, 2])
+    store(index, W1, [1])
+    bits = {index.bit_of(W0): 2, index.bit_of(W1): 1}
+    versions.append(index.version)
+
+    assert {mask.bit_length() - 1: depth for mask, depth in index.match_masks(seq(1, 2, 3))} == bits
+    store(index, W0, [1, 2, 3], after=2)
+    assert index.version == versions[-1]
+    index.remove_rank(W0)
+
+    assert index.bit_of(W0) is None
+    assert index.version > versions[-1] > versions[0]
+    assert index.match_masks(seq(1, 2)) == [(1 << (index.bit_of(W1) or 0), 1)]
