@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvmesh.core.step_cost import StepCost
+from kvmesh.core.step_cost import CurvedStepCost, StepCost
 
 COST = StepCost(base_s=1.0, decode_s_per_sequence=0.1, decode_s_per_block=0.01, prefill_tokens_per_s=100.0)
 
@@ -42,3 +42,44 @@ def test_defaults_are_those_of_a_mid_size_gpu(
     step_s = StepCost().step_s(decode_sequences=sequences, decode_blocks=blocks, prefill_tokens=prefill_tokens)
 
     assert step_s * 1000 == pytest.approx(expected_ms, abs=0.06)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "measured_ms"),
+    [(1, 16.516604), (64, 17.474885), (1_000, 32.105859), (4_000, 83.971162), (8_192, 169.136918)],
+)
+def test_curved_prefills_take_what_was_measured(tokens: int, measured_ms: float) -> None:
+    step_s = CurvedStepCost().step_s(decode_sequences=0, decode_blocks=0, prefill_tokens=tokens)
+
+    assert step_s * 1000 == pytest.approx(measured_ms, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "measured_ms"), [(2, 5.740103), (1_001, 5.791536), (50_001, 8.256921), (100_001, 10.656738)]
+)
+def test_curved_decode_steps_take_what_was_measured(tokens: int, measured_ms: float) -> None:
+    step_s = CurvedStepCost().step_s(decode_sequences=1, decode_blocks=0, prefill_tokens=0, decode_tokens=tokens)
+
+    assert step_s * 1000 == pytest.approx(measured_ms, abs=1e-3)
+
+
+def test_curved_prefill_and_decode_in_one_step_add_up() -> None:
+    cost = CurvedStepCost(prefill=(1.0, 0.1, 0.01), decode=(2.0, 0.5, -0.01))
+
+    step_s = cost.step_s(decode_sequences=3, decode_blocks=0, prefill_tokens=10, decode_tokens=20)
+
+    assert step_s == pytest.approx((1 + 1 + 1) + (2 + 10 - 4))
+    assert cost.step_s(decode_sequences=0, decode_blocks=0, prefill_tokens=0) == 0
+
+
+@pytest.mark.parametrize("cost", [COST, CurvedStepCost()])
+def test_a_run_of_decode_steps_takes_the_sum_of_them(cost: StepCost | CurvedStepCost) -> None:
+    run_s = cost.decode_run_s(37, decode_sequences=5, decode_blocks=940, decode_tokens=60_000)
+
+    assert run_s == pytest.approx(
+        sum(
+            cost.step_s(decode_sequences=5, decode_blocks=940, decode_tokens=60_000 + 5 * step, prefill_tokens=0)
+            for step in range(37)
+        )
+    )
+    assert cost.decode_run_s(9, decode_sequences=0, decode_blocks=0, decode_tokens=0) == 0
