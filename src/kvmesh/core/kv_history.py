@@ -28,6 +28,8 @@ class KvBatch:
     sequence: int
     """Position after this batch."""
     events: tuple[KvEvent, ...]
+    published_at: float = 0.0
+    """When the first of them happened, on the publisher's clock."""
 
 
 @dataclass(slots=True)
@@ -60,11 +62,11 @@ class KvHistory:
         """Every cached block; O(blocks)."""
         return frozenset(key for key, block in self._blocks.items() if not block.is_ghost)
 
-    def publish(self, events: Sequence[KvEvent]) -> None:
+    def publish(self, events: Sequence[KvEvent], *, now: float = 0.0) -> None:
         """Take in what the pool says happened; O(blocks of the events)."""
         for batch in _batches(event for event in events if self._apply(event)):
             self._sequence += 1
-            self._ring.append(KvBatch(self._sequence, batch))
+            self._ring.append(KvBatch(self._sequence, batch, now))
 
     def since(self, position: int) -> tuple[KvBatch, ...] | None:
         """Return the batches after `position`, () at the newest; None where only a snapshot can answer."""
@@ -143,16 +145,19 @@ def merge(batches: Iterable[KvBatch]) -> Iterator[KvBatch]:
     """Join neighbouring batches within the bound of one: the position is that after the last joined."""
     events: list[KvEvent] = []
     units = sequence = 0
+    published_at = 0.0
     for batch in batches:
         size = sum(_units(event) for event in batch.events)
         if events and units + size > _MAX_UNITS:
-            yield KvBatch(sequence, tuple(events))
+            yield KvBatch(sequence, tuple(events), published_at)
             events, units = [], 0
+        if not events:
+            published_at = batch.published_at
         events += batch.events
         units += size
         sequence = batch.sequence
     if events:
-        yield KvBatch(sequence, tuple(events))
+        yield KvBatch(sequence, tuple(events), published_at)
 
 
 def _pieces(event: KvEvent) -> Iterator[KvEvent]:

@@ -17,7 +17,8 @@ from kvmesh import telemetry
 from kvmesh.core.ids import RouterId, WorkerRank
 from kvmesh.core.roster import WorkerRecord
 from kvmesh.core.routing import RoutingCore
-from kvmesh.services.cache_mirror import CacheMirror
+from kvmesh.core.truth_check import TruthCheck
+from kvmesh.services.cache_mirror import RESYNC_S, CacheMirror
 from kvmesh.v1 import worker_events_pb2, worker_events_pb2_grpc
 from kvmesh.wire.validation import duration
 from kvmesh.wire.worker_events import load_reports_from_proto
@@ -26,6 +27,8 @@ log = telemetry.logger(__name__)
 
 _MIN_INTERVAL_S = 0.01
 _INTERVAL_PER_WORKER_S = 0.0002
+_LOAD_INTERVALS = 5
+"""Loads may come so much more rarely than KV events: between two of them the router knows what it booked itself."""
 _RETRY_S = (0.1, 2.0)
 
 
@@ -47,9 +50,19 @@ class WorkerSubscription:
         interval_s: Callable[[], float],
         on_draining: Callable[[bool], None],
         on_news: Callable[[], None],
+        truth: TruthCheck | None = None,
+        resync_s: float = RESYNC_S,
+        follows_cache: bool = True,
     ) -> None:
-        """Feed `core`; `on_draining` hears with every load whether the worker drains, `on_news` of every message."""
+        """Feed `core`; `on_draining` hears with every load whether the worker drains, `on_news` of every message.
+
+        `truth` hears what becomes of predictions; a cache is recovered at most every `resync_s`, if it is followed.
+        """
         self._record = record
+        self._mirrors = [
+            CacheMirror(core, worker, record.epoch, block_size=record.block_size, truth=truth, resync_s=resync_s)
+            for worker in (record.worker_ranks if follows_cache else ())
+        ]
         self._core = core
         self._stub = worker_events_pb2_grpc.WorkerEventsStub(channel)
         self._router_id = router_id
@@ -59,15 +72,14 @@ class WorkerSubscription:
 
     def streams(self) -> list[Coroutine[Any, Any, None]]:
         """Return the work of every stream; each runs until it is cancelled."""
-        record = self._record
-        mirrors = [
-            CacheMirror(self._core, worker, record.epoch, block_size=record.block_size)
-            for worker in record.worker_ranks
-        ]
         return [
             self._keep_open("load", self._watch_load),
-            *(self._keep_open("kv_events", partial(self._watch_kv_events, mirror)) for mirror in mirrors),
+            *(self._mirror_cache(mirror) for mirror in self._mirrors),
         ]
+
+    def drifted(self, rank: int) -> None:
+        """Read one rank's cache anew: what the index says of it has proved wrong."""
+        self._mirrors[rank].drifted(now=asyncio.get_running_loop().time())
 
     async def _keep_open(self, stream: str, watch: Callable[[], Awaitable[None]]) -> None:
         loop = asyncio.get_running_loop()
@@ -88,7 +100,7 @@ class WorkerSubscription:
 
     async def _watch_load(self) -> None:
         request = worker_events_pb2.WatchLoadRequest(
-            router_id=self._router_id, min_interval=duration(self._interval_s())
+            router_id=self._router_id, min_interval=duration(_LOAD_INTERVALS * self._interval_s())
         )
         call = self._stub.WatchLoad(request, wait_for_ready=True)
         try:
@@ -103,7 +115,15 @@ class WorkerSubscription:
         finally:
             call.cancel()
 
+    async def _mirror_cache(self, mirror: CacheMirror) -> None:
+        try:
+            await self._keep_open("kv_events", partial(self._watch_kv_events, mirror))
+        finally:
+            mirror.close()
+
     async def _watch_kv_events(self, mirror: CacheMirror) -> None:
+        loop = asyncio.get_running_loop()
+        await asyncio.sleep(mirror.open_from - loop.time())  # a bound on how often, see the mirror
         request = worker_events_pb2.WatchKvEventsRequest(
             epoch=self._record.epoch, rank=mirror.worker.rank, min_interval=duration(self._interval_s())
         )
@@ -111,12 +131,17 @@ class WorkerSubscription:
             request.from_sequence = mirror.position
         call = self._stub.WatchKvEvents(request, wait_for_ready=True)
         try:
-            async for message in call:
-                is_good = self._is_of_the_followed(message)
-                if not is_good or not mirror.apply(message, now=asyncio.get_running_loop().time()):
-                    return
-                self._on_news()
+            async with asyncio.timeout(None) as reading:
+                mirror.on_drift = lambda: reading.reschedule(loop.time())
+                async for message in call:
+                    is_good = self._is_of_the_followed(message) and mirror.apply(message, now=loop.time())
+                    self._on_news()
+                    if not is_good:
+                        return
+        except TimeoutError:
+            return  # the mirror wants it read anew
         finally:
+            mirror.on_drift = None
             mirror.interrupt()
             call.cancel()
 

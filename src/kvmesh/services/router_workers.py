@@ -14,12 +14,16 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
 from kvmesh import telemetry
-from kvmesh.core.ids import RouterId, WorkerId
+from kvmesh.core.ids import AttemptKey, RouterId, WorkerId, WorkerRank
+from kvmesh.core.reservations import Reservation
 from kvmesh.core.roster import RosterOutcome, WorkerRecord
 from kvmesh.core.routing import RoutingCore
+from kvmesh.core.truth_check import TruthRules
 from kvmesh.core.worker_views import WorkerChange
 from kvmesh.discovery.discovery import Deleted, Discovery, DiscoveryEvent, Put, Snapshot
+from kvmesh.services.cache_mirror import RESYNC_S
 from kvmesh.services.channels import Channels
+from kvmesh.services.index_truth import IndexTruth
 from kvmesh.services.owned_tasks import OwnedTasks
 from kvmesh.services.router_subscriptions import WorkerSubscription, min_interval_s
 from kvmesh.services.signal import Signal
@@ -36,6 +40,7 @@ class _Member:
     """As discovery has it."""
     is_draining: bool = False
     """As it says itself, which is sooner."""
+    subscription: WorkerSubscription | None = None
     streams: list[asyncio.Task[None]] = field(default_factory=list)
 
     @property
@@ -53,8 +58,21 @@ class _Member:
 class RouterWorkers:
     """Follows one namespace into the router's mind: decode and prefill workers, never the queue."""
 
-    def __init__(self, core: RoutingCore, *, discovery: Discovery, namespace: str, router_id: RouterId) -> None:
-        """Follow from `start` on."""
+    def __init__(
+        self,
+        core: RoutingCore,
+        *,
+        discovery: Discovery,
+        namespace: str,
+        router_id: RouterId,
+        truth: TruthRules | None = None,
+        resync_s: float = RESYNC_S,
+        follows_caches: bool = True,
+    ) -> None:
+        """Follow from `start` on; a cache that proves wrong by the rules of `truth` is read anew, but not too often.
+
+        `follows_caches` False: the index takes no events, so only the loads are asked for.
+        """
         self.roster_changed = Signal()
         """Somebody came, went, or changed its record."""
         self.news = Signal()
@@ -63,6 +81,9 @@ class RouterWorkers:
         self._discovery = discovery
         self._namespace = namespace
         self._router_id = router_id
+        self._truth = IndexTruth(core, truth, event_interval_s=self._interval_s, on_drift=self._drifted)
+        self._resync_s = resync_s
+        self._follows_caches = follows_caches
         self._members: dict[WorkerId, _Member] = {}
         self._channels = Channels()
         self._tasks = OwnedTasks()
@@ -74,9 +95,28 @@ class RouterWorkers:
 
     async def aclose(self) -> None:
         """Stop following; what is known stays."""
+        self._truth.close()
         await self._tasks.aclose()
         await self._suspects.aclose()
         await self._channels.aclose()
+
+    def predicted(self, reservation: Reservation) -> None:
+        """Remember what a booked request was told of its worker's cache. Idempotent; O(1)."""
+        if self._follows_caches:
+            self._truth.predicted(reservation)
+
+    def found(self, key: AttemptKey, cached_tokens: int | None) -> None:
+        """Compare what a request was told with the prompt tokens that its worker had cached; None: it never said."""
+        self._truth.found(key, cached_tokens)
+
+    def _drifted(self, worker: WorkerRank) -> None:
+        member = self._members.get(worker.worker_id)
+        if member is not None and member.subscription is not None:
+            member.subscription.drifted(worker.rank)
+            self.news.fire()
+
+    def _interval_s(self) -> float:
+        return min_interval_s(len(self._members))
 
     async def _follow(self) -> None:
         async with aclosing(self._discovery.watch(self._namespace)) as events:
@@ -150,10 +190,14 @@ class RouterWorkers:
             core=self._core,
             channel=self._channels.get(record.address),
             router_id=self._router_id,
-            interval_s=lambda: min_interval_s(len(self._members)),
+            interval_s=self._interval_s,
             on_draining=note_draining,
             on_news=self.news.fire,
+            truth=self._truth.check,
+            resync_s=self._resync_s,
+            follows_cache=self._follows_caches,
         )
+        member.subscription = subscription
         name = f"follow-{record.worker_id}"
         member.streams = [self._tasks.start(stream, name=name) for stream in subscription.streams()]
 
@@ -161,6 +205,7 @@ class RouterWorkers:
         """End what runs for a member. Its channel goes last: a call sees the end of its channel as a cancellation."""
         for stream in member.streams:
             stream.cancel()
+        self._truth.check.forget_worker(member.record.worker_id)
         self._suspects.trust(member.record.worker_id)
         self._tasks.start(self._drop_channel(member), name=f"unfollow-{member.record.worker_id}")
 

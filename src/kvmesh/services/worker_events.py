@@ -7,11 +7,11 @@ is behind the ring, gets a snapshot. Between two sends to it batches merge into 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from kvmesh.core.ids import Epoch, SequenceHash, WorkerId
 from kvmesh.core.kv_events import KvEvent
-from kvmesh.core.kv_history import KvHistory, merge
+from kvmesh.core.kv_history import KvBatch, KvHistory, merge
 from kvmesh.engines.engine import EngineLoad
 from kvmesh.services.signal import Signal
 from kvmesh.v1 import worker_events_pb2, worker_events_pb2_grpc
@@ -28,6 +28,9 @@ _MAX_INTERVAL_S = 60.0
 
 KvMessage = worker_events_pb2.WatchKvEventsResponse
 LoadMessage = worker_events_pb2.WatchLoadResponse
+Cause: TypeAlias = worker_events_pb2.SnapshotCause.ValueType
+_FELL_BEHIND = worker_events_pb2.SNAPSHOT_CAUSE_FELL_BEHIND
+_BEYOND_NEWEST = worker_events_pb2.SNAPSHOT_CAUSE_BEYOND_NEWEST
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +89,7 @@ class WorkerEvents(worker_events_pb2_grpc.WorkerEventsServicer):
     def publish_kv(self, events: Sequence[KvEvent], *, rank: int = 0) -> None:
         """Tell the watchers what happened to one rank's cache; O(blocks of the events)."""
         if events:
-            self._histories[rank].publish(events)
+            self._histories[rank].publish(events, now=asyncio.get_running_loop().time())
             self._kv_changed.fire()
 
     def load_changed(self) -> None:
@@ -121,28 +124,38 @@ class WorkerEvents(worker_events_pb2_grpc.WorkerEventsServicer):
         """See WorkerEvents.WatchKvEvents."""
         if request.rank >= len(self._histories):
             raise validation.invalid("rank", f"{request.rank} is out of range: 0 to {len(self._histories) - 1}")
+        end = _end_of(request)
         interval_s = _min_interval_s(request)
         history = self._histories[request.rank]
-        is_known = request.HasField("from_sequence") and request.epoch == self._epoch
-        position = request.from_sequence if is_known else None
+        position, cause = self._start_of(request)
         now = asyncio.get_running_loop().time
-        while not self._closing.is_set():
+        while not self._closing.is_set() and (position is None or end is None or position < end):
             batches = history.since(position) if position is not None else None
             if batches == ():
                 await self._kv_changed.wait()
                 continue
             sent_at = now()
             if batches is None:
+                if position is not None:
+                    cause = _FELL_BEHIND if position < history.sequence else _BEYOND_NEWEST
                 position = history.sequence
-                for message in self._snapshot(history, request.rank):
+                for message in self._snapshot(history, request.rank, cause=cause):
                     yield message
             else:
-                position = batches[-1].sequence
-                for batch in merge(batches):
-                    yield self._kv_message(request.rank, batch.sequence, batch.events)
+                for batch in merge(batch for batch in batches if end is None or batch.sequence <= end):
+                    yield self._delta(request.rank, batch, after=position, now=now())
+                    position = batch.sequence
             await self._pass_until(sent_at + interval_s)
 
-    def _snapshot(self, history: KvHistory, rank: int) -> Iterable[KvMessage]:
+    def _start_of(self, request: worker_events_pb2.WatchKvEventsRequest) -> tuple[int | None, Cause]:
+        """Return the position from which deltas are asked for, or None and why there can be none."""
+        if not request.HasField("from_sequence"):
+            return None, worker_events_pb2.SNAPSHOT_CAUSE_NO_POSITION
+        if request.epoch != self._epoch:
+            return None, worker_events_pb2.SNAPSHOT_CAUSE_OTHER_EPOCH
+        return request.from_sequence, worker_events_pb2.SNAPSHOT_CAUSE_UNSPECIFIED
+
+    def _snapshot(self, history: KvHistory, rank: int, *, cause: Cause) -> Iterable[KvMessage]:
         """Return the parts of a snapshot; the cache is copied now, the parts are made as they are sent."""
         sequence = history.sequence
         parts = history.snapshot()
@@ -154,11 +167,19 @@ class WorkerEvents(worker_events_pb2_grpc.WorkerEventsServicer):
                     yield message
                 message = self._kv_message(rank, sequence, events)
                 message.snapshot = True
+                message.snapshot_cause = cause
             if message is not None:
                 message.snapshot_complete = True
                 yield message
 
         return messages()
+
+    def _delta(self, rank: int, batch: KvBatch, *, after: int | None, now: float) -> KvMessage:
+        message = self._kv_message(rank, batch.sequence, batch.events)
+        if after is not None:
+            message.after_sequence = after
+        message.waited.CopyFrom(validation.duration(max(now - batch.published_at, 0.0)))
+        return message
 
     def _kv_message(self, rank: int, sequence: int, events: Iterable[KvEvent]) -> KvMessage:
         return KvMessage(
@@ -195,6 +216,14 @@ def _min_interval_s(request: worker_events_pb2.WatchLoadRequest | worker_events_
     if not request.HasField("min_interval"):
         return DEFAULT_MIN_INTERVAL_S
     return validation.seconds(request.min_interval, path="min_interval", high=_MAX_INTERVAL_S)
+
+
+def _end_of(request: worker_events_pb2.WatchKvEventsRequest) -> int | None:
+    if not request.HasField("to_sequence"):
+        return None
+    if request.HasField("from_sequence") and request.to_sequence < request.from_sequence:
+        raise validation.invalid("to_sequence", f"{request.to_sequence} is before {request.from_sequence}")
+    return request.to_sequence
 
 
 def _rank_to_proto(view: RankView) -> worker_events_pb2.RankLoad:
