@@ -14,22 +14,30 @@ import pytest
 
 from kvmesh.core.errors import Reason, TryElsewhereError
 from kvmesh.testing.transport_contract import GENEROUS_S
+from kvmesh.transports import nixl_library
+from kvmesh.transports.nixl import NixlTransport
 from kvmesh.transports.shared_memory import SharedMemoryTransport
 from kvmesh.transports.tcp import TcpTransport
+from kvmesh.transports.transport import Transport
 
 BLOCKS = 128
 BLOCK_BYTES = 1 << 18
 EVERY_BLOCK = range(BLOCKS)
 STALL_S = 0.3
+NIXL_STALL_S = 3.0
+"""A first connection takes a tenth of a second on an idle machine."""
 SOURCE = f"""
 import asyncio, sys
 from pathlib import Path
 import numpy as np, uvloop
+from kvmesh.transports.nixl import NixlTransport
 from kvmesh.transports.shared_memory import SharedMemoryTransport
 from kvmesh.transports.tcp import TcpTransport
 
+MAKE = {{"tcp": TcpTransport, "shared_memory": lambda: SharedMemoryTransport(Path(sys.argv[2])), "nixl": NixlTransport}}
+
 async def main():
-    transport = TcpTransport() if sys.argv[1] == "tcp" else SharedMemoryTransport(Path(sys.argv[2]))
+    transport = MAKE[sys.argv[1].split("-")[0]]()
     content = np.random.default_rng(7).integers(256, size=({BLOCKS}, {BLOCK_BYTES}), dtype=np.uint8)
     memory = transport.allocate(*content.shape)
     if memory is None:
@@ -43,7 +51,8 @@ async def main():
 uvloop.run(main())
 """
 
-Transport = SharedMemoryTransport | TcpTransport
+EMULATED = "nixl-over-tcp"
+"""As between hosts without RDMA, where the source's CPU answers reads."""
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +60,27 @@ def content() -> npt.NDArray[np.uint8]:
     return np.random.default_rng(7).integers(256, size=(BLOCKS, BLOCK_BYTES), dtype=np.uint8)
 
 
-@pytest.fixture(params=["shared_memory", "tcp"])
-def kind(request: pytest.FixtureRequest) -> str:
+needs_nixl = pytest.mark.skipif(not nixl_library.is_installed(), reason=f"needs NIXL: {nixl_library.INSTALL}")
+
+
+@pytest.fixture(
+    params=["shared_memory", "tcp", pytest.param("nixl", marks=needs_nixl), pytest.param(EMULATED, marks=needs_nixl)]
+)
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == EMULATED:
+        monkeypatch.setenv("UCX_TLS", "tcp,self")
     return str(request.param)
+
+
+def make(kind: str, directory: Path) -> Transport:
+    if kind == "tcp":
+        return TcpTransport(stall_s=STALL_S)
+    return SharedMemoryTransport(directory) if kind == "shared_memory" else NixlTransport(stall_s=NIXL_STALL_S)
 
 
 @pytest.fixture
 async def puller(kind: str, tmp_path: Path) -> AsyncIterator[Transport]:
-    transport: Transport = TcpTransport(stall_s=STALL_S) if kind == "tcp" else SharedMemoryTransport(tmp_path)
+    transport = make(kind, tmp_path)
     yield transport
     await transport.aclose()
 
@@ -163,6 +185,85 @@ async def test_tcp_source_that_is_stopped_is_left_within_the_bound(tmp_path: Pat
 
         await refused(puller, public_name, target=blank())
     await puller.aclose()
+
+
+@needs_nixl
+@pytest.mark.parametrize("tls", ["", "tcp,self"])
+async def test_nixl_source_that_is_stopped_before_anybody_connects_is_left_within_the_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tls: str
+) -> None:
+    if tls:
+        monkeypatch.setenv("UCX_TLS", tls)
+    puller = NixlTransport(stall_s=STALL_S)
+    async with source("nixl", tmp_path) as (child, public_name):
+        child.send_signal(signal.SIGSTOP)
+
+        await refused(puller, public_name, target=blank())
+    await puller.aclose()
+
+
+@needs_nixl
+async def test_nixl_read_that_was_given_up_is_not_answered_when_the_source_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UCX_TLS", "tcp,self")
+    puller, witness = NixlTransport(stall_s=NIXL_STALL_S), NixlTransport(stall_s=NIXL_STALL_S)
+    own = blank()
+    async with source("nixl", tmp_path) as (child, public_name):
+        for transport in (puller, witness):
+            await transport.pull(public_name, source_block_ids=[0], target=own, target_block_ids=[0])
+        child.send_signal(signal.SIGSTOP)
+        pulling = asyncio.ensure_future(
+            puller.pull(public_name, source_block_ids=EVERY_BLOCK, target=own, target_block_ids=EVERY_BLOCK)
+        )
+        await asyncio.wait([pulling], timeout=STALL_S)  # it was asked for, and is not answered
+        pulling.cancel()
+        await asyncio.wait([pulling])
+        own[:] = 0
+        child.send_signal(signal.SIGCONT)
+        with suppress(TryElsewhereError):  # the library may end a process whose answer nobody waits for
+            await witness.pull(public_name, source_block_ids=EVERY_BLOCK, target=blank(), target_block_ids=EVERY_BLOCK)
+
+        assert pulling.cancelled()
+        assert not own.any()
+    await puller.aclose()
+    await witness.aclose()
+
+
+@needs_nixl
+async def test_nixl_source_that_stands_still_costs_the_others_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: npt.NDArray[np.uint8]
+) -> None:
+    monkeypatch.setenv("UCX_TLS", "tcp,self")
+    puller = NixlTransport(stall_s=NIXL_STALL_S)
+    async with source("nixl", tmp_path) as (child, stopped), source("nixl", tmp_path) as (_, other):
+        for name in (stopped, other):
+            await puller.pull(name, source_block_ids=[0], target=blank(), target_block_ids=[0])
+        child.send_signal(signal.SIGSTOP)
+        waiting = asyncio.ensure_future(refused(puller, stopped, target=blank()))
+        pulled = 0
+        while not waiting.done():
+            own = blank()
+            await puller.pull(other, source_block_ids=[7], target=own, target_block_ids=[3])
+            assert (own[3] == content[7]).all()
+            pulled += 1
+
+        await waiting
+        assert pulled > 1
+    await puller.aclose()
+
+
+@needs_nixl
+async def test_closing_ends_a_nixl_pull_that_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UCX_TLS", "tcp,self")
+    puller = NixlTransport(stall_s=GENEROUS_S * 2)
+    async with source("nixl", tmp_path) as (child, public_name):
+        child.send_signal(signal.SIGSTOP)
+        waiting = asyncio.ensure_future(refused(puller, public_name, target=blank()))
+        await asyncio.sleep(0)
+
+        await puller.aclose()
+        await waiting
 
 
 async def test_source_that_ends_in_order_is_gone_and_leaves_no_file(

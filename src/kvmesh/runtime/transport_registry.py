@@ -1,6 +1,6 @@
 """Transports by name, best first: what the composition root gives to each worker."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,14 +8,19 @@ import numpy as np
 import numpy.typing as npt
 
 from kvmesh import telemetry
-from kvmesh.core.errors import MeshError
+from kvmesh.core.errors import FixRequestError, MeshError, Reason, TryElsewhereError
 from kvmesh.engines.paged_model import Allocate, allocate_here
+from kvmesh.transports import nixl_library
 from kvmesh.transports.memory import MemoryNetwork, MemoryTransport
+from kvmesh.transports.nixl import NixlTransport
 from kvmesh.transports.shared_memory import SHARED_DIRECTORY, SharedMemoryTransport
 from kvmesh.transports.tcp import TcpTransport
 from kvmesh.transports.transport import Transport
 
 log = telemetry.logger(__name__)
+
+KINDS = ("nixl", "shared_memory", "tcp")
+"""Between processes, best first."""
 
 
 class WorkerMemory(NamedTuple):
@@ -33,24 +38,47 @@ def open_transports(
     host: str | None,
     advertised_host: str | None = None,
     shared_directory: Path = SHARED_DIRECTORY,
+    kinds: Sequence[str] = KINDS,
 ) -> WorkerMemory:
     """Open the transports of one worker; nothing is served yet.
 
     `network`: of the workers of this process; None: its workers never pull from each other.
     `host`: where the worker listens, for pullers of other processes; None: there are none.
+    `kinds`: those of KINDS to have for other processes, best first; what this host cannot run is left out.
 
-    Raises: FixRequestError(INVALID_FIELD) for a wildcard `host` without an `advertised_host`.
+    Raises: FixRequestError(INVALID_FIELD) for a kind that is none, or a wildcard `host` without an `advertised_host`.
     """
     transports: list[Transport] = []
     if network is not None:
         transports.append(MemoryTransport(network))
-    if host is not None:
-        try:
-            transports.append(SharedMemoryTransport(shared_directory))
-        except MeshError as error:
-            log.warning("transport.left_out", transport="shared_memory", error=error.message)
-        transports.append(TcpTransport(host, advertised_host=advertised_host))
+    for kind in kinds if host is not None else ():
+        transports += _opened(kind, _opener(kind, host or "", advertised_host, shared_directory))
     return WorkerMemory(tuple(transports), allocator(transports))
+
+
+def _opener(kind: str, host: str, advertised_host: str | None, shared_directory: Path) -> Callable[[], Transport]:
+    openers: dict[str, Callable[[], Transport]] = {
+        "nixl": lambda: NixlTransport(host),
+        "shared_memory": lambda: SharedMemoryTransport(shared_directory),
+        "tcp": lambda: TcpTransport(host, advertised_host=advertised_host),
+    }
+    if kind not in openers:
+        raise FixRequestError(
+            Reason.INVALID_FIELD, f"{kind!r} is no transport: there are {', '.join(KINDS)}", field="transports"
+        )
+    return openers[kind]
+
+
+def _opened(name: str, open_one: Callable[[], Transport]) -> list[Transport]:
+    """Return a transport, or none and a line in the log when this host cannot run it."""
+    if name == "nixl" and not nixl_library.is_installed():
+        log.info("transport.not_installed", transport=name, install=nixl_library.INSTALL)
+        return []
+    try:
+        return [open_one()]
+    except TryElsewhereError as error:
+        log.warning("transport.left_out", transport=name, error=error.message)
+        return []
 
 
 def allocator(transports: Sequence[Transport]) -> Allocate:

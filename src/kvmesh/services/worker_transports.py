@@ -1,8 +1,8 @@
 """The transports of one worker, best first: by which it can pull, and by which others pull from it."""
 
 import asyncio
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,8 @@ from kvmesh.transports.transport import Transport
 
 log = telemetry.logger(__name__)
 
+_METADATA = "kv."
+
 
 class ServedBy(NamedTuple):
     """How a worker's blocks can be pulled: what a handoff says."""
@@ -20,6 +22,14 @@ class ServedBy(NamedTuple):
     reach: str
     agent_name: str
     """The public one."""
+
+
+@runtime_checkable
+class WarmedUp(Protocol):
+    """A transport whose first pull from a source takes longer than the others, unless it is warmed up."""
+
+    async def warm_up(self, agent_name: str, target: npt.NDArray[np.uint8]) -> None:
+        """Make ready to pull into `target`. Raises: as `Transport.pull`."""
 
 
 class WorkerTransports:
@@ -40,15 +50,32 @@ class WorkerTransports:
         """By what others can pull from it: what it tells the queue."""
         return tuple(self._served)
 
+    @property
+    def metadata(self) -> dict[str, str]:
+        """How others pull from it, for its discovery record: `kv.<reach>` to public name."""
+        return {f"{_METADATA}{served.reach}": served.agent_name for served in self._served.values()}
+
     async def serve(self, agent_name: str, memory: npt.NDArray[np.uint8]) -> None:
         """Let others pull from `memory` by every transport that can serve it; the log tells of the others."""
         for reach, transport in self._transports.items():
             try:
                 public_name = await transport.serve(agent_name, memory)
             except MeshError as error:
-                log.warning("transport.left_out", transport=transport.name, error=error.message)
+                log.info("transport.not_served", transport=transport.name, error=error.message)
                 continue
             self._served[reach] = ServedBy(reach, public_name)
+
+    async def warm_up(self, metadata: Mapping[str, str], target: npt.NDArray[np.uint8]) -> None:
+        """Make ready to pull from the worker whose record has this `metadata`, by what it would choose; or do nothing.
+
+        Raises: TryElsewhereError(KV_TRANSFER_FAILED) when that fails; so may the first pull.
+        """
+        for key, agent_name in metadata.items():
+            transport = self._transports.get(key.removeprefix(_METADATA)) if key.startswith(_METADATA) else None
+            if transport is not None:
+                if isinstance(transport, WarmedUp):
+                    await transport.warm_up(agent_name, target)
+                return
 
     def choose(self, reaches: Sequence[str]) -> ServedBy:
         """Return the first of this worker's own that a puller with `reaches` has too.
