@@ -14,7 +14,7 @@ from kvmesh.core.ids import SequenceHash
 from kvmesh.engines.engine import EngineRequest, FinishReason, KvLayout
 from kvmesh.engines.numpy_llama_forward import LlamaForward, Span
 from kvmesh.engines.numpy_llama_options import NumpyLlamaOptions
-from kvmesh.engines.numpy_llama_sampling import pick_token
+from kvmesh.engines.numpy_llama_sampling import pick_tokens
 from kvmesh.engines.numpy_llama_weights import Floats, LlamaWeights
 from kvmesh.engines.paged_engine import PagedEngine
 from kvmesh.engines.paged_model import Allocate, allocate_here
@@ -25,9 +25,9 @@ _BLANK_BYTE = 0xFF
 
 
 class LlamaRequest(PagedRequest):
-    """A paged request that samples from the logits of its last computed token."""
+    """A paged request whose next token is drawn as soon as its last one is computed, together with those of others."""
 
-    __slots__ = ("_eos_token_ids", "_seed", "logits")
+    __slots__ = ("_eos_token_ids", "seed")
 
     def __init__(
         self,
@@ -41,20 +41,15 @@ class LlamaRequest(PagedRequest):
     ) -> None:
         """Draw with `seed`, and end at one of `eos_token_ids`; the rest as in `PagedRequest`."""
         super().__init__(request, block_size=block_size, limit=limit, arrival=arrival)
-        self._seed = seed
+        self.seed = seed
+        """With the position it decides a draw: nothing of the batch does."""
         self._eos_token_ids = frozenset() if request.sampling.ignore_eos else eos_token_ids
-        self.logits: Floats | None = None
-        """Of the token at `produced`, from its computation until it is drawn."""
 
-    def draw(self) -> None:
-        """Sample one token; the limit moves here if it ends the sequence."""
-        logits, self.logits = self.logits, None
-        assert logits is not None, f"{self.key} draws before its logits are computed"
-        position = len(self.drawn)
-        token = pick_token(logits, self.request.sampling, seed=self._seed, position=position)
+    def take(self, token: int) -> None:
+        """Append the next token; the limit moves here if it ends the sequence."""
         self.drawn.append(token)
         if token in self._eos_token_ids:
-            self.limit = position + 1
+            self.limit = len(self.drawn)
             self.ends_with = FinishReason.STOP
 
 
@@ -107,18 +102,29 @@ class _LlamaModel:
         )
 
     def compute_prompt(self, request: LlamaRequest, *, stop: int) -> None:
-        hidden = self._forward.compute([_span(request, request.computed, stop)], self._kv)
+        hidden = self._forward.compute(
+            [Span(request.tokens(request.computed, stop), request.computed, request.blocks)], self._kv
+        )
         if stop == request.target and not request.request.prefill_only:
-            request.logits = self._forward.logits(hidden)[0]
+            self._draw([request], hidden)
 
     def compute_decode(self, requests: Sequence[LlamaRequest]) -> None:
-        spans = []
-        for request in requests:
-            last = request.prompt_tokens + request.produced - 1
-            spans.append(_span(request, last, last + 1))
-        logits = self._forward.logits(self._forward.compute(spans, self._kv))
-        for request, row in zip(requests, logits, strict=True):
-            request.logits = row
+        drawn = np.array([request.drawn[-1:] for request in requests], dtype=np.uint32)
+        spans = [
+            Span(token, request.prompt_tokens + request.produced - 1, request.blocks)
+            for token, request in zip(drawn, requests, strict=True)
+        ]
+        self._draw(requests, self._forward.compute(spans, self._kv))
+
+    def _draw(self, requests: Sequence[LlamaRequest], hidden: Floats) -> None:
+        tokens = pick_tokens(
+            self._forward.logits(hidden),
+            [request.request.sampling for request in requests],
+            seeds=[request.seed for request in requests],
+            positions=[request.produced for request in requests],
+        )
+        for request, token in zip(requests, tokens, strict=True):
+            request.take(token)
 
     def seal(self, block: int, block_hash: SequenceHash) -> None:
         """Nothing to note: the KV is there."""
@@ -136,7 +142,3 @@ class _LlamaModel:
 
     def step_s(self, *, decode_sequences: int, decode_blocks: int, prefill_tokens: int) -> float:
         return 0.0
-
-
-def _span(request: LlamaRequest, start: int, stop: int) -> Span:
-    return Span(request.tokens(start, stop), start, request.blocks)

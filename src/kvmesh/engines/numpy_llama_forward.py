@@ -3,8 +3,7 @@
     kv[block, layer, 0 or 1, token, head, dim]      0 = keys, turned by RoPE already; 1 = values
 
 A span is a run of tokens of one sequence whose KV is not computed yet, while that of everything before it is. All spans
-of a call share the matrix products; attention is computed span by span. A row's result depends on the other rows only
-by the rounding of those products.
+of a call share the matrix products. A row's result depends on the other rows only by the rounding of those products.
 """
 
 from collections.abc import Sequence
@@ -13,11 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from kvmesh.engines.numpy_llama_attention import Attention, Ints, Scratch, plan_attention
 from kvmesh.engines.numpy_llama_config import LlamaConfig
-from kvmesh.engines.numpy_llama_weights import Floats, LlamaWeights
-
-_MAX_SCORES = 2**24
-"""Attention scores held at once: a long span over a long sequence is computed in parts."""
+from kvmesh.engines.numpy_llama_weights import Floats, LayerWeights, LlamaWeights
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,38 +33,34 @@ class Span:
 
 
 class LlamaForward:
-    """Computes spans with one model; stateless but for what follows from its configuration."""
+    """Computes spans with one model, on one thread: between calls it keeps nothing but memory to work in."""
 
     def __init__(self, weights: LlamaWeights) -> None:
         """Compute in the dtype of the weights."""
         self._weights = weights
         self._config = weights.config
         self._frequencies = rope_frequencies(weights.config)
+        self._scratch = Scratch()
 
     def compute(self, spans: Sequence[Span], kv: Floats) -> Floats:
         """Write the KV of every span into `kv` and return the hidden state of its last token (spans, hidden_size)."""
-        config, weights = self._config, self._weights
-        positions = np.concatenate([np.arange(span.start, span.stop) for span in spans])
-        ends = np.cumsum([len(span.token_ids) for span in spans])
-        blocks, offsets = _slots(spans, block_size=kv.shape[3])
+        weights = self._weights
+        counts = [len(span.token_ids) for span in spans]
+        positions, blocks, offsets = _slots(spans, counts, block_size=kv.shape[3])
         angles = positions[:, np.newaxis, np.newaxis] * self._frequencies
         cos, sin = np.cos(angles).astype(weights.dtype), np.sin(angles).astype(weights.dtype)
+        attentions = plan_attention(
+            [span.blocks for span in spans], positions, counts, kv, heads=self._config.heads, scratch=self._scratch
+        )
         x: Floats = weights.embedding[np.concatenate([span.token_ids for span in spans])]
         for index, layer in enumerate(weights.layers):
-            projected = _rms_norm(x, layer.attention_norm, config.norm_eps) @ layer.qkv
-            by_head = projected.reshape(len(x), -1, config.head_dim)
-            queries, keys, values = np.split(by_head, (config.heads, config.heads + config.kv_heads), axis=1)
-            turned = _rotate(queries, cos, sin)
-            kv[blocks, index, 0, offsets] = _rotate(keys, cos, sin)
-            kv[blocks, index, 1, offsets] = values
-            attended = [
-                self._attend(turned[end - len(span.token_ids) : end], span, kv, index)
-                for span, end in zip(spans, ends, strict=True)
-            ]
-            x = x + np.concatenate(attended) @ layer.output
-            gate, up = np.split(_rms_norm(x, layer.mlp_norm, config.norm_eps) @ layer.gate_up, 2, axis=1)
-            x = x + (_silu(gate) * up) @ layer.down
-        last: Floats = x[ends - 1]
+            by_head = self._project(x, layer, cos, sin)
+            kv[blocks, index, :, offsets] = by_head[:, self._config.heads :].reshape(
+                len(x), 2, self._config.kv_heads, self._config.head_dim
+            )
+            x = x + self._attend(by_head[:, : self._config.heads], attentions, index) @ layer.output
+            x = x + self._feed_forward(x, layer)
+        last: Floats = x[np.cumsum(counts) - 1]
         return last
 
     def logits(self, hidden: Floats) -> Floats:
@@ -75,20 +68,30 @@ class LlamaForward:
         result: Floats = _rms_norm(hidden, self._weights.norm, self._config.norm_eps) @ self._weights.head
         return result
 
-    def _attend(self, queries: Floats, span: Span, kv: Floats, layer: int) -> Floats:
-        """Attend from the span's queries (tokens, heads, head_dim) to everything up to each; (tokens, heads x dim)."""
+    def _project(self, x: Floats, layer: LayerWeights, cos: Floats, sin: Floats) -> Floats:
+        """Return queries, keys, both turned, and values: (rows, heads + 2 kv_heads, head_dim)."""
         config = self._config
-        used = np.asarray(span.blocks[: -(-span.stop // kv.shape[3])])
-        keys, values = (
-            kv[used, layer, which].reshape(-1, config.kv_heads, config.head_dim)[: span.stop] for which in (0, 1)
-        )
-        part = max(_MAX_SCORES // (config.heads * span.stop), 1)
-        parts = []
-        for first in range(0, len(queries), part):
-            some = queries[first : first + part]
-            stop = span.start + first + len(some)
-            parts.append(_attention(some, keys[:stop], values[:stop]))
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        projected: Floats = _rms_norm(x, layer.attention_norm, config.norm_eps) @ layer.qkv
+        by_head = projected.reshape(len(x), -1, config.head_dim)
+        _rotate(by_head[:, : config.heads + config.kv_heads], cos, sin)
+        return by_head
+
+    def _attend(self, queries: Floats, attentions: Sequence[Attention], layer: int) -> Floats:
+        """Return what every row of (rows, heads, head_dim) attends to, (rows, heads x head_dim)."""
+        if len(attentions) == 1:  # its rows are all rows, and in order
+            return attentions[0].attend(queries, layer)
+        attended = np.empty((len(queries), self._config.heads * self._config.head_dim), dtype=queries.dtype)
+        for attention in attentions:
+            attended[attention.rows] = attention.attend(queries[attention.rows], layer)
+        return attended
+
+    def _feed_forward(self, x: Floats, layer: LayerWeights) -> Floats:
+        gate_up = _rms_norm(x, layer.mlp_norm, self._config.norm_eps) @ layer.gate_up
+        inner = self._config.intermediate_size
+        gated = _silu(gate_up[:, :inner])
+        gated *= gate_up[:, inner:]
+        result: Floats = gated @ layer.down
+        return result
 
 
 def rope_frequencies(config: LlamaConfig) -> npt.NDArray[np.float64]:
@@ -105,46 +108,43 @@ def rope_frequencies(config: LlamaConfig) -> npt.NDArray[np.float64]:
     return scaled
 
 
-def _slots(spans: Sequence[Span], *, block_size: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
-    """Return, for each row of the spans, the block that takes its KV and the token's place in it."""
-    blocks, offsets = [], []
-    for span in spans:
-        indices, places = np.divmod(np.arange(span.start, span.stop), block_size)
-        blocks.append(np.asarray(span.blocks)[indices])
-        offsets.append(places)
-    return np.concatenate(blocks), np.concatenate(offsets)
-
-
-def _attention(queries: Floats, keys: Floats, values: Floats) -> Floats:
-    """Attend from the last `len(q)` positions (tokens, heads, dim) to all of `keys` (positions, kv_heads, dim)."""
-    count, heads, dim = queries.shape
-    stop, kv_heads, _ = keys.shape
-    group = heads // kv_heads
-    # The queries of a group meet the same keys: they are rows of one matrix per KV head.
-    rows = queries.reshape(count, kv_heads, group, dim).transpose(1, 2, 0, 3).reshape(kv_heads, group * count, dim)
-    scores = (rows * dim**-0.5) @ keys.transpose(1, 2, 0)
-    if count > 1:
-        future = np.triu(np.ones((count, count), dtype=bool), k=1)
-        scores.reshape(kv_heads, group, count, stop)[..., stop - count :][..., future] = -np.inf
-    scores -= scores.max(axis=-1, keepdims=True)
-    np.exp(scores, out=scores)
-    scores /= scores.sum(axis=-1, keepdims=True)
-    by_group: Floats = (scores @ values.transpose(1, 0, 2)).reshape(kv_heads, group, count, dim)
-    return by_group.transpose(2, 0, 1, 3).reshape(count, heads * dim)
+def _slots(spans: Sequence[Span], counts: Sequence[int], *, block_size: int) -> tuple[Ints, Ints, Ints]:
+    """Return, for each row of the spans, its position, the block that takes its KV, and the token's place in that."""
+    if max(counts) == 1:
+        positions = np.array([span.start for span in spans])
+        blocks = np.array([span.blocks[span.start // block_size] for span in spans])
+        return positions, blocks, positions % block_size
+    positions = np.concatenate([np.arange(span.start, span.stop) for span in spans])
+    indices, offsets = np.divmod(positions, block_size)
+    ends = np.cumsum(counts)
+    blocks = np.concatenate(
+        [
+            np.asarray(span.blocks)[indices[end - count : end]]
+            for span, count, end in zip(spans, counts, ends, strict=True)
+        ]
+    )
+    return positions, blocks, offsets
 
 
 def _rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
-    normed: Floats = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
+    mean = np.add.reduce(x * x, axis=-1, keepdims=True) / x.shape[-1]
+    normed: Floats = x / np.sqrt(mean + eps) * weight
     return normed
 
 
-def _rotate(x: Floats, cos: Floats, sin: Floats) -> Floats:
-    """Turn each pair (i, i + head_dim / 2) of (tokens, heads, head_dim) by the angle of its position."""
-    first, second = np.split(x, 2, axis=-1)
-    return np.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
+def _rotate(x: Floats, cos: Floats, sin: Floats) -> None:
+    """Turn each pair (i, i + head_dim / 2) of (tokens, heads, head_dim), in place, by the angle of its position."""
+    half = x.shape[-1] // 2
+    first, second = x[..., :half], x[..., half:]
+    turned = first * cos - second * sin
+    second[...] = second * cos + first * sin
+    first[...] = turned
 
 
 def _silu(x: Floats) -> Floats:
     """x * sigmoid(x), by tanh, which does not overflow."""
-    result: Floats = x * (0.5 * np.tanh(0.5 * x) + 0.5)
-    return result
+    sigmoid: Floats = np.tanh(0.5 * x)
+    sigmoid *= 0.5
+    sigmoid += 0.5
+    sigmoid *= x
+    return sigmoid

@@ -144,15 +144,22 @@ def test_matrices_are_laid_out_to_be_multiplied_from_the_left(folder: Path, dtyp
     np.testing.assert_array_equal(layer.qkv[:, 64:96], stored["model.layers.1.self_attn.k_proj.weight"].T)
     np.testing.assert_array_equal(layer.gate_up[:, 128:], stored["model.layers.1.mlp.up_proj.weight"].T)
     np.testing.assert_array_equal(layer.down, stored["model.layers.1.mlp.down_proj.weight"].T)
+    matrices = (layer.qkv, layer.output, layer.gate_up, layer.down, weights.head)
+    assert all(matrix.flags.c_contiguous for matrix in matrices)
 
 
-def test_tied_head_is_the_embedding(folder: Path) -> None:
+@pytest.mark.parametrize(("most_bytes", "is_shared"), [(2**26, False), (512 * 64 * 4 - 1, True)])
+def test_tied_head_is_the_embedding_and_a_copy_only_while_small(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, most_bytes: int, is_shared: bool
+) -> None:
     change_config(folder, tie_word_embeddings=True)
+    monkeypatch.setattr("kvmesh.engines.numpy_llama_weights._MAX_COPIED_HEAD_BYTES", most_bytes)
 
     weights = load_weights(folder, dtype="float32")
 
-    assert np.shares_memory(weights.head, weights.embedding)
     assert weights.head.shape == (64, 512)
+    np.testing.assert_array_equal(weights.head, weights.embedding.T)
+    assert np.shares_memory(weights.head, weights.embedding) is is_shared
 
 
 def test_bfloat16_is_the_upper_half_of_a_float32(folder: Path) -> None:

@@ -214,7 +214,7 @@ def test_long_span_is_computed_in_parts_to_the_same_end(tmp_path: Path, monkeypa
     forward, kv = LlamaForward(weights), blank_kv(weights.config, blocks=10, block_size=4)
     span = Span(tokens_of(37), 0, range(10))
     whole = forward.compute([span], kv)
-    monkeypatch.setattr("kvmesh.engines.numpy_llama_forward._MAX_SCORES", 4 * 37 * 5)  # 5 queries at a time
+    monkeypatch.setattr("kvmesh.engines.numpy_llama_attention._MAX_SCORES", 4 * 37 * 5)  # 5 queries at a time
 
     in_parts = forward.compute([span], kv)
 
