@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvmesh.core.block_claims import Import, Pin
+from kvmesh.core.errors import MeshError
 from kvmesh.core.ids import AttemptKey, SequenceHash
 from kvmesh.core.kv_events import BlocksRemoved, BlocksStored, CacheCleared, KvEvent
 
@@ -30,6 +31,7 @@ __all__ = [
     "BlocksStored",
     "CacheCleared",
     "Engine",
+    "EngineHandoff",
     "EngineInfo",
     "EngineLoad",
     "EngineRequest",
@@ -115,6 +117,16 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineHandoff:
+    """A finished prefill of an engine that moves its own KV: another instance goes on from it."""
+
+    state: bytes
+    """Opaque to the mesh; `engine_state` of a KvHandoff."""
+    first_tokens: tuple[int, ...]
+    """What the prefill sampled."""
+
+
+@dataclass(frozen=True, slots=True)
 class EngineRequest:
     """One request as an engine sees it. Exactly one of `text` and `token_ids` is set."""
 
@@ -132,6 +144,8 @@ class EngineRequest:
     lora: str | None = None
     """With `cache_namespace`: part of the identity of the blocks that generated tokens fill."""
     cache_namespace: str | None = None
+    handoff: EngineHandoff | None = None
+    """What another instance has computed of the prompt, all of it; only engines whose outputs have one read it."""
     imported_tokens: int = 0
     """Prompt tokens whose blocks were imported for this very request: found in the cache, and yet no cache hits."""
 
@@ -149,19 +163,25 @@ class Output(NamedTuple):
     prefill_done: bool = False
     """True in the step in which the prompt's last uncached token was computed."""
     cached_tokens: int = 0
-    """With `prefill_done`: prompt tokens that came from the prefix cache, not counting what was imported for it."""
+    """With `prompt_tokens`: those that came from the prefix cache, not counting what was imported for it."""
     prompt_tokens: int = 0
-    """With `prefill_done`."""
+    """With `prefill_done`; and again with `finish`, of an engine that learns the true count only then."""
     finish: FinishReason | None = None
     pin: Pin | None = None
     """With PREFILLED: owned by the receiver."""
     error: str | None = None
     """The request failed inside the engine; nothing follows. For the operator's log."""
+    failure: MeshError | None = None
+    """With `error`, where the engine knows what the caller should do; None: INTERNAL."""
+    completion_tokens: int = 0
+    """With `finish`, of an engine whose words are no tokens: how many it produced; 0 = it does not say."""
+    handoff: EngineHandoff | None = None
+    """With PREFILLED, of an engine that moves its own KV: what a decode engine goes on from."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
-    """The engine's own seven figures (the ones a KV metrics publisher reports)."""
+    """The engine's own seven figures (the ones a KV metrics publisher reports), and whether it takes requests."""
 
     active_requests: int = 0
     """Running, not counting waiting ones."""
@@ -174,6 +194,9 @@ class EngineLoad:
     """active_blocks / total_blocks, 0..1; 0 without a pool."""
     prefix_hit_rate: float = 0.0
     """Cached prompt tokens over prompt tokens since the start, 0..1."""
+    out_of_service: str = ""
+    """Why it takes nothing now, for the operator's log; empty while it does. Such an engine has work: it may be back
+    at any time, and only a step tells."""
 
 
 @dataclass(frozen=True, slots=True)

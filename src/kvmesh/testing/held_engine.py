@@ -40,7 +40,7 @@ def held_plan(*, steps: int = 0) -> tuple[EnginePlan, dict[str, HeldEngine]]:
     """Return a plan for `running_mesh` and its engines by node, filled in as the mesh makes them."""
     engines: dict[str, HeldEngine] = {}
 
-    def build(node: str, *, allocate: Allocate = allocate_here) -> Engine:
+    def build(node: str, *, index: int = 0, allocate: Allocate = allocate_here) -> Engine:
         engines[node] = HeldEngine(node_name=node, steps=steps)
         return engines[node]
 
