@@ -38,15 +38,61 @@ WAIT_ENDED = Counter("kvmesh_wait_ended", "Bounded waits that ran out, by settin
 UNBOOKED_PICKS = Counter("kvmesh_unbooked_picks", "Workers chosen round robin because the router did not answer.")
 
 ROUTING_DECISIONS = Counter("kvmesh_routing_decisions", "Workers chosen.", ("policy",))
+ROUTING_OUTCOMES = Counter(
+    "kvmesh_routing_outcomes", "Decisions: booked, selected, or the reason why nobody was chosen.", ("outcome",)
+)
+ROUTING_STAGE = Histogram(
+    "kvmesh_routing_stage_seconds",
+    "Time a decision spends in hash, match, load and select; total is all but hash.",
+    ("stage",),
+    buckets=(5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.02, 0.1),
+)
+ROUTED_PROMPT_TOKENS = Counter("kvmesh_routed_prompt_tokens", "Prompt tokens of booked requests.")
+ROUTED_CACHED_TOKENS = Counter(
+    "kvmesh_routed_cached_tokens", "Those of them that the chosen worker was believed to hold: the predicted hits."
+)
 ROUTING_FALLBACKS = Counter("kvmesh_routing_fallbacks", "Choices in which the policy failed.", ("policy",))
 ROUTING_STALENESS_IGNORED = Counter(
     "kvmesh_routing_staleness_ignored", "Choices made while over half of the workers' loads were stale."
 )
+DECISIONS_LOGGED = Counter("kvmesh_decisions_logged", "Decisions written to the decision log.")
+DECISIONS_DROPPED = Counter(
+    "kvmesh_decisions_dropped", "Decisions that the decision log had no room for, or failed at."
+)
+ADMISSION_WAITING = Gauge("kvmesh_admission_waiting", "Requests that wait in the router for a worker with room.")
+ADMISSION_WAITS = Counter(
+    "kvmesh_admission_waits", "Waits for room: admitted, shed, timed_out, cancelled or failed.", ("outcome",)
+)
+ADMISSION_WAIT = Histogram("kvmesh_admission_wait_seconds", "How long they lasted.", buckets=_LATENCY_BUCKETS)
 RESERVATIONS = Gauge("kvmesh_reservations", "Bookings the router holds now.")
 RESERVATIONS_EXPIRED = Counter("kvmesh_reservations_expired", "Bookings that no load report showed in time.")
 KV_EVENTS = Counter("kvmesh_kv_events", "Messages on KV event streams taken in by the router.")
 KV_EVENTS_REFUSED = Counter("kvmesh_kv_events_refused", "Cache changes that did not fit the index.", ("reason",))
 KV_SNAPSHOTS = Counter("kvmesh_kv_snapshots", "Snapshots that replaced a worker's part of the index.")
+INDEX_MODE = Gauge("kvmesh_index_mode", "What a worker's cache is known by: 1 for the mode in force.", ("mode",))
+INDEX_PAIRS = Gauge("kvmesh_index_pairs", "Pairs of worker rank and block in the index.")
+INDEX_BLOCKS = Gauge("kvmesh_index_blocks", "Distinct blocks in the index.")
+INDEX_ASIDE = Gauge("kvmesh_index_aside_pairs", "Pairs kept aside below a block that their rank lost.")
+KV_EVENT_LAG = Histogram(
+    "kvmesh_kv_event_lag_seconds", "Time the oldest event of a message waited at its worker.", buckets=_LATENCY_BUCKETS
+)
+INDEX_GAPS = Counter("kvmesh_index_gaps", "Times a worker's part of the index could not be vouched for.", ("cause",))
+INDEX_DEGRADED = Gauge("kvmesh_index_degraded", "Worker ranks routed by load alone until their caches are read anew.")
+INDEX_PREDICTED_BLOCKS = Counter("kvmesh_index_predicted_blocks", "Blocks that finished requests were told are cached.")
+INDEX_OVERPREDICTED_BLOCKS = Counter(
+    "kvmesh_index_overpredicted_blocks", "Those that were not there, though no removal of them had arrived."
+)
+INDEX_DRIFT_ALARMS = Counter(
+    "kvmesh_index_drift_alarms", "Times the share of such blocks of a worker passed its bound."
+)
+
+ENGINE_EVENT_BATCHES = Counter("kvmesh_engine_event_batches", "Messages of engines' own KV event publishers taken in.")
+ENGINE_EVENTS_IGNORED = Counter(
+    "kvmesh_engine_events_ignored", "What in them said nothing to the index, by reason.", ("reason",)
+)
+ENGINE_EVENT_REPLAYS = Counter(
+    "kvmesh_engine_event_replays", "Times a publisher was asked for past messages, by what came of it.", ("outcome",)
+)
 
 PREFILL_DECISIONS = Counter("kvmesh_prefill_decisions", "Where prefills ran, and why.", ("remote", "reason"))
 KV_BYTES_MOVED = Counter("kvmesh_kv_bytes_moved", "Bytes of KV pulled from other workers.", ("transport",))

@@ -82,7 +82,7 @@ class TestGenerate:
         done = run_kvmesh("generate", "a fresh prompt", "--max-tokens", "5", "--target", mesh.grpc_address)
 
         assert done.returncode == 0
-        assert re.fullmatch(r".{5}\n", done.stdout)
+        assert re.fullmatch(r".{5}", done.stdout)
         assert re.fullmatch(
             r"\[NODE[12]/decode/[01]: 5 tokens, length; prompt 14 tokens, 0 cached, 0 predicted; prefill local]\n",
             done.stderr,
@@ -94,7 +94,7 @@ class TestGenerate:
         streamed, whole = run_kvmesh(*request), run_kvmesh(*request, "--no-stream")
 
         assert whole.returncode == 0
-        assert len(whole.stdout) == 21
+        assert len(whole.stdout) == 20
         assert streamed.stdout == whole.stdout
 
     def test_explain_shows_every_candidate_and_every_term_on_stderr(self, mesh: MeshProcess) -> None:
@@ -102,11 +102,14 @@ class TestGenerate:
 
         lines = done.stderr.splitlines()
         assert done.returncode == 0
-        assert re.fullmatch(r".{5}\n", done.stdout)
-        assert {"worker", "cost", "overlap_blocks", "prefill_blocks", "decode_blocks"} <= set(lines[0].split())
+        assert re.fullmatch(r".{5}", done.stdout)
+        assert {"worker", "cost"} <= set(lines[0].split())
         assert {line.split()[0] for line in lines[1:3]} == {"NODE1/decode/0", "NODE2/decode/1"}
         assert sum("chosen" in line.split() for line in lines) == 1
-        assert lines[3] == "policy kv_aware, 9 prompt tokens"
+        assert {"overlap_blocks", "prefill_blocks", "decode_blocks"} <= {*lines[0].split(), *lines[3].split()}
+        assert lines[3].startswith("alike for all: ")
+        assert lines[4].startswith("policy least_work (backlog_weight 0.3, ")
+        assert re.fullmatch(r"9 prompt tokens, seed \d+", lines[5])
 
     @pytest.mark.parametrize(
         ("arguments", "reason"),
@@ -164,7 +167,7 @@ def test_a_drained_worker_takes_nothing_new_and_probes_as_4() -> None:
             "NODE2/decode/1": "ready",
         }
         assert (probed.returncode, probed.stderr) == (4, f"error: {address} is NOT_SERVING\n")
-        assert served == [f"prompt {n}_GeneratedBy_NODE2\n" for n in range(3)]
+        assert served == [f"prompt {n}_GeneratedBy_NODE2" for n in range(3)]
 
 
 def test_draining_an_unknown_worker_is_refused(mesh: MeshProcess) -> None:

@@ -134,7 +134,7 @@ def test_a_terminal_shows_workers_queue_requests_rate_and_hits_live() -> None:
     assert re.search(
         r"served +1 requests, \d running, \d+ tokens, \d+ tokens/s, prefills: 1 remote, 0 local", last_view
     )
-    assert re.search(r"cache +0\.0% of prompt tokens hit, 0\.0% predicted by kv_aware", last_view)
+    assert re.search(r"cache +0\.0% of prompt tokens hit, 0\.0% predicted by least_work", last_view)
     assert "gRPC 127.0.0.1:" in last_view
     assert code == 0
     assert SHOW_CURSOR in end

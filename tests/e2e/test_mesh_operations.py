@@ -60,7 +60,7 @@ async def test_a_request_that_asks_why_is_told_of_every_candidate_and_its_terms(
         answer = await generate(doors.frontend, "Why there?" * 10, explain=True)
 
         explanation = answer.started.explanation
-        assert explanation.policy == "kv_aware"
+        assert explanation.policy == "least_work"
         assert explanation.worker_id == answer.started.worker_id
         assert sorted(candidate.worker_id for candidate in explanation.candidates) == DECODE_IDS
         assert all(candidate.terms.keys() >= TERMS for candidate in explanation.candidates)
@@ -148,7 +148,7 @@ async def test_watched_topologies_show_a_request_come_and_go() -> None:
         assert seen[0] == 0
         assert seen[-1] == 1
         assert [worker.id for worker in message.topology.workers] == DECODE_IDS[:1]
-        assert message.topology.policy == "kv_aware"
+        assert message.topology.policy == "least_work"
 
 
 @pytest.mark.parametrize(

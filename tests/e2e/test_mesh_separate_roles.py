@@ -52,7 +52,7 @@ async def test_a_request_is_served_explained_and_counted_wherever_the_roles_run(
     assert first.finished.usage.completion_tokens > 0
     assert {each.worker_id for each in first.started.explanation.candidates} == {"NODE1/decode/0", "NODE2/decode/1"}
     assert second.text == first.text
-    assert topology.policy == "kv_aware"
+    assert topology.policy == "least_work"
     assert topology.counters.requests == 2
     assert topology.counters.reservations == 0
     assert {worker.id for worker in topology.workers} == {"NODE1/decode/0", "NODE2/decode/1", "NODE3/prefill/0"}
@@ -115,6 +115,23 @@ async def test_requests_are_served_unbooked_while_the_router_is_gone() -> None:
 
     assert all(answer.finished is not None for answer in answers)
     assert {answer.started.worker_id for answer in answers} == {"NODE1/decode/0", "NODE2/decode/1"}
+
+
+async def test_while_the_router_is_gone_its_door_says_so_and_a_choice_is_explained_as_unbooked() -> None:
+    query = {"query": {"model": "simulated", "token_ids": {"token_ids": list(range(64))}}}
+    async with (
+        running_mesh(**SIMULATED, mesh__router="separate", mesh__prefill=0) as mesh,
+        open_frontend(mesh) as frontend,
+        httpx.AsyncClient(base_url=f"http://{mesh.http_address}", trust_env=False, timeout=BOUND_S) as http,
+    ):
+        await role(mesh, "router").stop()
+
+        explained = await http.post("/mesh/v1/router:explain", json=query)
+        answer = await generate(frontend, PROMPT, explain=True)
+
+    assert explained.status_code == 503
+    assert explained.json()["message"] == "Whoever was to serve this request is gone or does not answer: retry."
+    assert answer.started.explanation.note == "no router answered: round robin, unbooked"
 
 
 async def test_without_a_processor_a_request_fails_typed_and_in_time() -> None:

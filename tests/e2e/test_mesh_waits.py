@@ -124,7 +124,9 @@ async def test_a_worker_that_falls_silent_between_tokens_ends_the_request_with_w
 async def test_a_prefill_that_takes_too_long_is_computed_locally() -> None:
     plan, engines = held_plan()
     async with (
-        running_mesh(plan=plan, mesh__decode=1, mesh__prefill=1, waits__prefill_s=0.4) as mesh,
+        running_mesh(
+            plan=plan, mesh__decode=1, mesh__prefill=1, waits__prefill_s=0.4, waits__first_token_s=4.0
+        ) as mesh,
         open_frontend(mesh) as frontend,
     ):
         baseline = await read_baseline(mesh)

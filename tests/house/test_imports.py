@@ -28,7 +28,8 @@ ALLOWED = {
         "engines.engine", "transports.transport", "discovery.discovery",
     },
     "replay": {"core", "wire", "services.channels"},
-    "cli": {"testing.tiny_model", "core", "wire", "telemetry", "services", "runtime", "replay"},
+    "simulate": {"core", "replay.trace"},
+    "cli": {"testing.tiny_model", "core", "wire", "telemetry", "services", "runtime", "replay", "simulate"},
     "testing": {"core", "wire", "telemetry", "tokenizing", "services", "runtime", "engines", "transports", "discovery"},
 }  # fmt: skip
 # The composition root alone names implementations; the mesh in one process chooses what its roles share.

@@ -224,7 +224,7 @@ async def test_unforeseen_exception_is_internal_and_tells_strangers_nothing(erro
     (line,) = [line for line in logs if line["event"] == "rpc.failed"]
     assert line["exc_info"] is error
     assert line["method"] == "kvmesh.v1.WorkerControl/GetInfo"
-    assert ("x-request-id", line["request_id"]) in tuple(received.initial_metadata())
+    assert ("x-request-id", line["request_id"]) in tuple(received.trailing_metadata())
 
 
 async def test_foreseen_error_out_of_a_task_group_speaks_for_it() -> None:
@@ -330,7 +330,7 @@ async def test_request_id_of_the_client_is_echoed() -> None:
 
     async with unary(behaviour) as stub:
         call = stub.GetInfo(INFO_REQUEST, metadata=(("x-request-id", "walk-through:1"),))
-        echoed = dict(await call.initial_metadata())["x-request-id"]
+        echoed = dict(await call.trailing_metadata())["x-request-id"]
         await call
 
     assert echoed == "walk-through:1"
@@ -345,7 +345,7 @@ async def test_request_id_is_minted_where_none_fit_for_a_log_line_is_sent(
 
     async with unary(behaviour) as stub:
         call = stub.GetInfo(INFO_REQUEST, metadata=metadata)
-        minted = dict(await call.initial_metadata())["x-request-id"]
+        minted = dict(await call.trailing_metadata())["x-request-id"]
         await call
 
     assert uuid.UUID(str(minted)).version == 7

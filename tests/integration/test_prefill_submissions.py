@@ -126,7 +126,7 @@ async def test_wait_that_ends_while_the_queue_is_out_of_reach_leaves_no_pin(grou
     holder = await group.add_prefill(namespace="aside")
     proxy = await add_far_queue(group)
     attachment = await attach(group)
-    decode = await group.add_decode(waits=replace(WAITS, prefill_s=0.5))
+    decode = await group.add_decode(waits=replace(WAITS, prefill_s=0.5, first_token_s=1.0))
     handoff = await compute(group, holder)
     running = asyncio.ensure_future(group.generate(decode, request("r", tokens=PROMPT)))
     leased = await lease(group)

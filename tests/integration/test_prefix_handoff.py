@@ -282,7 +282,7 @@ async def test_cancellation_while_the_prefix_moves_leaks_nothing(group: WorkerGr
 
 async def test_wait_that_ends_while_the_prefix_moves_leaks_nothing(group: WorkerGroup) -> None:
     expected = await local_tokens()
-    decode = await add_decode_with_head(group, waits=replace(WAITS, prefill_s=0.3, pin_s=LONG_PIN_S))
+    decode = await add_decode_with_head(group, waits=replace(WAITS, prefill_s=0.3, first_token_s=0.6, pin_s=LONG_PIN_S))
     await group.add_prefill(transport=HeldTransport(group.network))
 
     answer = await group.generate(decode, request("r", tokens=PROMPT))

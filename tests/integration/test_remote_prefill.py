@@ -302,13 +302,42 @@ async def test_prefill_worker_of_another_layout_is_not_capable(group: WorkerGrou
 async def test_prefill_that_takes_too_long_is_given_up(group: WorkerGroup) -> None:
     await group.add_queue()
     slow = await group.add_prefill(HeldSimulatedEngine(held=True))
-    decode = await group.add_decode(waits=replace(WAITS, prefill_s=0.2))
+    decode = await group.add_decode(waits=replace(WAITS, prefill_s=0.2, first_token_s=1.0))
 
     answer = await group.generate(decode, request("r"))
 
     assert decisions(answer) == [(True, "remote"), (False, "fallback_prefill_failed")]
     await group.wait_idle()
     assert (await group.info(slow)).counters["tasks"] == 0
+
+
+async def test_prefill_that_is_leased_may_take_longer_than_the_wait_for_a_lease(group: WorkerGroup) -> None:
+    await group.add_queue()
+    stranger = await Stranger.attach(group)
+    holder = await group.add_prefill(namespace="aside")
+    handoff = await real_handoff(group, holder)
+    decode = await group.add_decode(waits=replace(WAITS, prefill_s=1.0, first_token_s=60.0))
+    running = asyncio.ensure_future(group.generate(decode, request("r")))
+    leased = await stranger.lease()
+
+    await asyncio.sleep(1.5)  # the time it computes
+    await stranger.complete(leased, handoff)
+    answer = await running
+
+    assert decisions(answer) == [(True, "remote")]
+    await group.wait_idle()
+
+
+async def test_prefill_that_nobody_leases_is_given_up_after_the_wait_for_a_lease(group: WorkerGroup) -> None:
+    await group.add_queue()
+    stranger = await Stranger.attach(group)
+    decode = await group.add_decode(waits=replace(WAITS, prefill_s=0.3, first_token_s=10 * GENEROUS_S))
+
+    answer = await group.generate(decode, request("r"))
+
+    assert decisions(answer) == [(True, "remote"), (False, "fallback_prefill_failed")]
+    assert stranger is not None
+    await group.wait_idle()
 
 
 async def test_remote_prefill_takes_at_most_a_quarter_of_what_remains(group: WorkerGroup) -> None:

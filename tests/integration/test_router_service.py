@@ -204,9 +204,20 @@ async def test_nobody_there_is_told_after_the_wait(workers: list[ScriptedWorker]
     assert await reason_of(stub.Reserve(reserve(), timeout=WAIT_S)) == "NO_WORKERS"
 
 
-async def test_interval_below_the_least_and_the_index_dump_are_refused(stub: "RouterAsyncStub") -> None:
+async def test_interval_below_the_least_is_refused(stub: "RouterAsyncStub") -> None:
     watch = stub.WatchMetrics(router_pb2.WatchMetricsRequest(interval=duration(0.05)), timeout=WAIT_S)
-    dump = stub.DumpIndex(router_pb2.DumpIndexRequest(), timeout=WAIT_S)
 
     assert await reason_of(watch.read()) == "INVALID_FIELD"
-    assert await reason_of(dump.read()) == "UNIMPLEMENTED"
+
+
+async def test_the_index_is_dumped_parents_first(workers: list[ScriptedWorker], stub: "RouterAsyncStub") -> None:
+    everybody = [response async for response in stub.DumpIndex(router_pb2.DumpIndexRequest(), timeout=WAIT_S)]
+    cold = router_pb2.DumpIndexRequest(worker_id=workers[0].worker_id)
+    nothing = [response async for response in stub.DumpIndex(cold, timeout=WAIT_S)]
+
+    entries = [entry for response in everybody for entry in response.entries]
+    chain = [entry.block_hash for entry in entries]
+    assert {entry.worker_id for entry in entries} == {workers[1].worker_id}
+    assert chain == [15310707395893867146, 13769157705258532664, 11879827756109914528, 3888788807566526800]
+    assert [entry.parent_hash if entry.HasField("parent_hash") else None for entry in entries] == [None, *chain[:-1]]
+    assert nothing == []

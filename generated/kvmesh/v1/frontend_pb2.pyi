@@ -434,8 +434,11 @@ class Topology(_message.Message):
     QUEUE_FIELD_NUMBER: _builtins.int
     COUNTERS_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
     policy: _builtins.str
     """Name of the routing policy."""
+    index: _builtins.str
+    """What the router knows caches by: "events", "approximate" or "off"."""
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TopologyWorker]:
         """Every known worker, sorted by id."""
@@ -455,10 +458,11 @@ class Topology(_message.Message):
         queue: Global___QueueStats | None = ...,
         counters: Global___TopologyCounters | None = ...,
         policy: _builtins.str = ...,
+        index: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "queue", b"queue"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "policy", b"policy", "queue", b"queue", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "index", b"index", "policy", b"policy", "queue", b"queue", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -281,6 +281,7 @@ class RoutingHints(_message.Message):
     COST_FIELD_NUMBER: _builtins.int
     LORA_FIELD_NUMBER: _builtins.int
     CACHE_NAMESPACE_FIELD_NUMBER: _builtins.int
+    PINNED_RANK_FIELD_NUMBER: _builtins.int
     pinned_worker_id: _builtins.str
     """Run on this worker or fail with NO_MATCHING_WORKER; never rerouted."""
     session_id: _builtins.str
@@ -291,6 +292,8 @@ class RoutingHints(_message.Message):
     """LoRA adapter; part of the identity of blocks. Empty = none."""
     cache_namespace: _builtins.str
     """Separates the caches of tenants; part of the identity of blocks. Empty = shared."""
+    pinned_rank: _builtins.int
+    """With pinned_worker_id: this data-parallel rank of it; unset = any."""
     @_builtins.property
     def allowed_worker_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Only these workers; empty = any."""
@@ -324,13 +327,19 @@ class RoutingHints(_message.Message):
         cost: Global___CostOverrides | None = ...,
         lora: _builtins.str = ...,
         cache_namespace: _builtins.str = ...,
+        pinned_rank: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_priority", b"_priority", "cost", b"cost", "priority", b"priority"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_pinned_rank", b"_pinned_rank", "_priority", b"_priority", "cost", b"cost", "pinned_rank", b"pinned_rank", "priority", b"priority"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_priority", b"_priority", "allowed_worker_ids", b"allowed_worker_ids", "cache_namespace", b"cache_namespace", "cost", b"cost", "excluded_worker_ids", b"excluded_worker_ids", "lora", b"lora", "pinned_worker_id", b"pinned_worker_id", "preferred_labels", b"preferred_labels", "priority", b"priority", "required_labels", b"required_labels", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_pinned_rank", b"_pinned_rank", "_priority", b"_priority", "allowed_worker_ids", b"allowed_worker_ids", "cache_namespace", b"cache_namespace", "cost", b"cost", "excluded_worker_ids", b"excluded_worker_ids", "lora", b"lora", "pinned_rank", b"pinned_rank", "pinned_worker_id", b"pinned_worker_id", "preferred_labels", b"preferred_labels", "priority", b"priority", "required_labels", b"required_labels", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__pinned_rank: _TypeAlias = _typing.Literal["pinned_rank"]  # noqa: Y015
+    _WhichOneofArgType__pinned_rank: _TypeAlias = _typing.Literal["_pinned_rank", b"_pinned_rank"]  # noqa: Y015
     _WhichOneofReturnType__priority: _TypeAlias = _typing.Literal["priority"]  # noqa: Y015
     _WhichOneofArgType__priority: _TypeAlias = _typing.Literal["_priority", b"_priority"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pinned_rank) -> _WhichOneofReturnType__pinned_rank | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__priority) -> _WhichOneofReturnType__priority | None: ...
 
 Global___RoutingHints: _TypeAlias = RoutingHints  # noqa: Y015

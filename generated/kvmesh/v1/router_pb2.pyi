@@ -30,14 +30,18 @@ class RoutingQuery(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     BLOCK_HASHES_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
+    PACKED_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     EXPECTED_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     HINTS_FIELD_NUMBER: _builtins.int
     PROMPT_TEXT_FIELD_NUMBER: _builtins.int
+    MULTIMODAL_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Model name. Required."""
     text: _builtins.str
     """Text, for workers that accept TEXT: hashed over its UTF-8 bytes."""
+    packed_token_ids: _builtins.bytes
+    """Tokens of the prompt, each as a little-endian u32: what long prompts cost least in."""
     prompt_tokens: _builtins.int
     """Tokens of the prompt; required with block_hashes or without input, else derived."""
     expected_output_tokens: _builtins.int
@@ -56,6 +60,10 @@ class RoutingQuery(_message.Message):
     def hints(self) -> _generation_pb2.RoutingHints:
         """The client's hints."""
 
+    @_builtins.property
+    def multimodal(self) -> _containers.RepeatedCompositeFieldContainer[Global___MultimodalSpan]:
+        """What of the prompt is no text, e.g. images: part of the identity of the blocks it lies in. With tokens."""
+
     def __init__(
         self,
         *,
@@ -63,20 +71,52 @@ class RoutingQuery(_message.Message):
         token_ids: _generation_pb2.TokenIds | None = ...,
         block_hashes: Global___BlockHashes | None = ...,
         text: _builtins.str = ...,
+        packed_token_ids: _builtins.bytes = ...,
         prompt_tokens: _builtins.int = ...,
         expected_output_tokens: _builtins.int = ...,
         hints: _generation_pb2.RoutingHints | None = ...,
         prompt_text: _builtins.str = ...,
+        multimodal: _abc.Iterable[Global___MultimodalSpan] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "hints", b"hints", "input", b"input", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "hints", b"hints", "input", b"input", "packed_token_ids", b"packed_token_ids", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "expected_output_tokens", b"expected_output_tokens", "hints", b"hints", "input", b"input", "model", b"model", "prompt_text", b"prompt_text", "prompt_tokens", b"prompt_tokens", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "expected_output_tokens", b"expected_output_tokens", "hints", b"hints", "input", b"input", "model", b"model", "multimodal", b"multimodal", "packed_token_ids", b"packed_token_ids", "prompt_text", b"prompt_text", "prompt_tokens", b"prompt_tokens", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["token_ids", "block_hashes", "text"]  # noqa: Y015
+    _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["token_ids", "block_hashes", "text", "packed_token_ids"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_input) -> _WhichOneofReturnType_input | None: ...
 
 Global___RoutingQuery: _TypeAlias = RoutingQuery  # noqa: Y015
+
+@_typing.final
+class MultimodalSpan(_message.Message):
+    """Tokens of a prompt that stand for one image or the like."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIRST_TOKEN_FIELD_NUMBER: _builtins.int
+    TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    CONTENT_HASH_FIELD_NUMBER: _builtins.int
+    first_token: _builtins.int
+    """Index of its first token in the prompt, from 0."""
+    token_count: _builtins.int
+    """Tokens it takes; 1 or more, all within the prompt, else INVALID_FIELD."""
+    content_hash: _builtins.int
+    """Hash of the content, equal for equal content."""
+    def __init__(
+        self,
+        *,
+        first_token: _builtins.int = ...,
+        token_count: _builtins.int = ...,
+        content_hash: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content_hash", b"content_hash", "first_token", b"first_token", "token_count", b"token_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MultimodalSpan: _TypeAlias = MultimodalSpan  # noqa: Y015
 
 @_typing.final
 class BlockHashes(_message.Message):
@@ -86,21 +126,27 @@ class BlockHashes(_message.Message):
 
     BLOCK_SIZE_FIELD_NUMBER: _builtins.int
     SEQUENCE_HASHES_FIELD_NUMBER: _builtins.int
+    LOCAL_HASHES_FIELD_NUMBER: _builtins.int
     block_size: _builtins.int
     """Tokens in a block; must be that of a live worker, else INVALID_FIELD."""
     @_builtins.property
     def sequence_hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Sequence hash of each full block, in order."""
 
+    @_builtins.property
+    def local_hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Local hash of each full block, in order: in place of sequence_hashes, and cheaper for both sides."""
+
     def __init__(
         self,
         *,
         block_size: _builtins.int = ...,
         sequence_hashes: _abc.Iterable[_builtins.int] | None = ...,
+        local_hashes: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "sequence_hashes", b"sequence_hashes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "local_hashes", b"local_hashes", "sequence_hashes", b"sequence_hashes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -395,6 +441,9 @@ class RouterReleaseRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     KEY_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    cached_tokens: _builtins.int
+    """Prompt tokens that the worker had cached, by its own word: what was predicted is held against it. Unset: not known."""
     @_builtins.property
     def key(self) -> Global___ReservationKey:
         """The reservation."""
@@ -403,12 +452,15 @@ class RouterReleaseRequest(_message.Message):
         self,
         *,
         key: Global___ReservationKey | None = ...,
+        cached_tokens: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "cached_tokens", b"cached_tokens", "key", b"key"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "cached_tokens", b"cached_tokens", "key", b"key"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__cached_tokens: _TypeAlias = _typing.Literal["cached_tokens"]  # noqa: Y015
+    _WhichOneofArgType__cached_tokens: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cached_tokens) -> _WhichOneofReturnType__cached_tokens | None: ...
 
 Global___RouterReleaseRequest: _TypeAlias = RouterReleaseRequest  # noqa: Y015
 
@@ -483,6 +535,26 @@ class Explanation(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class KnobsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     POLICY_FIELD_NUMBER: _builtins.int
     WORKER_ID_FIELD_NUMBER: _builtins.int
     RANK_FIELD_NUMBER: _builtins.int
@@ -491,6 +563,10 @@ class Explanation(_message.Message):
     FALLBACK_FIELD_NUMBER: _builtins.int
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     STALENESS_IGNORED_FIELD_NUMBER: _builtins.int
+    KNOBS_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    NOTE_FIELD_NUMBER: _builtins.int
+    PREFILL_FIELD_NUMBER: _builtins.int
     policy: _builtins.str
     """Name of the policy."""
     worker_id: _builtins.str
@@ -503,6 +579,10 @@ class Explanation(_message.Message):
     """Prompt tokens of the query."""
     staleness_ignored: _builtins.bool
     """True when most workers' loads were stale, so that staleness was ignored."""
+    seed: _builtins.int
+    """Seed of the randomness that the policy was given: with the candidates' inputs the choice can be made again."""
+    note: _builtins.str
+    """What the policy has to say of its choice."""
     @_builtins.property
     def candidates(self) -> _containers.RepeatedCompositeFieldContainer[Global___CandidateExplanation]:
         """Every candidate, by ascending cost."""
@@ -510,6 +590,14 @@ class Explanation(_message.Message):
     @_builtins.property
     def rejected(self) -> _containers.RepeatedCompositeFieldContainer[Global___RejectedWorker]:
         """Workers that were no candidates, and why."""
+
+    @_builtins.property
+    def knobs(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """The policy's settings that were in force by name, the request's own applied."""
+
+    @_builtins.property
+    def prefill(self) -> _generation_pb2.PrefillDecision:
+        """Where the prefill is expected to run, by the router's estimate; unset where it has no rule."""
 
     def __init__(
         self,
@@ -522,10 +610,14 @@ class Explanation(_message.Message):
         fallback: _builtins.str = ...,
         prompt_tokens: _builtins.int = ...,
         staleness_ignored: _builtins.bool = ...,
+        knobs: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        seed: _builtins.int = ...,
+        note: _builtins.str = ...,
+        prefill: _generation_pb2.PrefillDecision | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["prefill", b"prefill"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidates", b"candidates", "fallback", b"fallback", "policy", b"policy", "prompt_tokens", b"prompt_tokens", "rank", b"rank", "rejected", b"rejected", "staleness_ignored", b"staleness_ignored", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidates", b"candidates", "fallback", b"fallback", "knobs", b"knobs", "note", b"note", "policy", b"policy", "prefill", b"prefill", "prompt_tokens", b"prompt_tokens", "rank", b"rank", "rejected", b"rejected", "seed", b"seed", "staleness_ignored", b"staleness_ignored", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -557,6 +649,26 @@ class CandidateExplanation(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class InputsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     WORKER_ID_FIELD_NUMBER: _builtins.int
     RANK_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
@@ -565,6 +677,8 @@ class CandidateExplanation(_message.Message):
     LOST_FIELD_NUMBER: _builtins.int
     LOAD_AGE_FIELD_NUMBER: _builtins.int
     KV_AGE_FIELD_NUMBER: _builtins.int
+    INPUTS_FIELD_NUMBER: _builtins.int
+    INDEX_DEGRADED_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """The worker."""
     rank: _builtins.int
@@ -575,9 +689,87 @@ class CandidateExplanation(_message.Message):
     """The total; the lowest wins at temperature 0."""
     lost: _builtins.str
     """Why it lost; empty for the winner."""
+    index_degraded: _builtins.bool
+    """Its part of the index is not to be trusted: its overlap counts as 0."""
     @_builtins.property
     def terms(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """The terms by name, in blocks, e.g. prefill_blocks, overlap_blocks, decode_blocks, active_requests."""
+
+    @_builtins.property
+    def load_age(self) -> _duration_pb2.Duration:
+        """Age of its last load report; unset before the first."""
+
+    @_builtins.property
+    def kv_age(self) -> _duration_pb2.Duration:
+        """Age of its last KV event; unset before the first."""
+
+    @_builtins.property
+    def inputs(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """What the router knew of it by name, e.g. active_prefill_tokens, active_blocks, new_blocks, waiting_requests."""
+
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        rank: _builtins.int = ...,
+        epoch: _builtins.int = ...,
+        cost: _builtins.float = ...,
+        terms: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        lost: _builtins.str = ...,
+        load_age: _duration_pb2.Duration | None = ...,
+        kv_age: _duration_pb2.Duration | None = ...,
+        inputs: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        index_degraded: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["kv_age", b"kv_age", "load_age", b"load_age"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost", "epoch", b"epoch", "index_degraded", b"index_degraded", "inputs", b"inputs", "kv_age", b"kv_age", "load_age", b"load_age", "lost", b"lost", "rank", b"rank", "terms", b"terms", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CandidateExplanation: _TypeAlias = CandidateExplanation  # noqa: Y015
+
+@_typing.final
+class RejectedWorker(_message.Message):
+    """A worker that was no candidate."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class InputsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    INPUTS_FIELD_NUMBER: _builtins.int
+    LOAD_AGE_FIELD_NUMBER: _builtins.int
+    KV_AGE_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    """The worker."""
+    reason: _builtins.str
+    """Why, e.g. "draining", "excluded", "missing label zone=a"."""
+    rank: _builtins.int
+    """Its data-parallel rank."""
+    @_builtins.property
+    def inputs(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """What the router knew of it by name, as in CandidateExplanation."""
 
     @_builtins.property
     def load_age(self) -> _duration_pb2.Duration:
@@ -591,43 +783,15 @@ class CandidateExplanation(_message.Message):
         self,
         *,
         worker_id: _builtins.str = ...,
+        reason: _builtins.str = ...,
         rank: _builtins.int = ...,
-        epoch: _builtins.int = ...,
-        cost: _builtins.float = ...,
-        terms: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
-        lost: _builtins.str = ...,
+        inputs: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         load_age: _duration_pb2.Duration | None = ...,
         kv_age: _duration_pb2.Duration | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["kv_age", b"kv_age", "load_age", b"load_age"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost", "epoch", b"epoch", "kv_age", b"kv_age", "load_age", b"load_age", "lost", b"lost", "rank", b"rank", "terms", b"terms", "worker_id", b"worker_id"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___CandidateExplanation: _TypeAlias = CandidateExplanation  # noqa: Y015
-
-@_typing.final
-class RejectedWorker(_message.Message):
-    """A worker that was no candidate."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    WORKER_ID_FIELD_NUMBER: _builtins.int
-    REASON_FIELD_NUMBER: _builtins.int
-    worker_id: _builtins.str
-    """The worker."""
-    reason: _builtins.str
-    """Why, e.g. "draining", "excluded", "missing label zone=a"."""
-    def __init__(
-        self,
-        *,
-        worker_id: _builtins.str = ...,
-        reason: _builtins.str = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["inputs", b"inputs", "kv_age", b"kv_age", "load_age", b"load_age", "rank", b"rank", "reason", b"reason", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -658,8 +822,14 @@ class ListWorkersResponse(_message.Message):
 
     WORKERS_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
+    ADMISSION_WAITING_FIELD_NUMBER: _builtins.int
     policy: _builtins.str
     """Name of the policy that chooses among them."""
+    index: _builtins.str
+    """What a worker's cache is known by: "events", "approximate" or "off"."""
+    admission_waiting: _builtins.int
+    """Requests that wait in this router for a worker with room."""
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___RouterWorker]:
         """Sorted by id and rank."""
@@ -669,10 +839,12 @@ class ListWorkersResponse(_message.Message):
         *,
         workers: _abc.Iterable[Global___RouterWorker] | None = ...,
         policy: _builtins.str = ...,
+        index: _builtins.str = ...,
+        admission_waiting: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admission_waiting", b"admission_waiting", "index", b"index", "policy", b"policy", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -698,6 +870,8 @@ class RouterWorker(_message.Message):
     DRAINING_FIELD_NUMBER: _builtins.int
     WAITING_REQUESTS_FIELD_NUMBER: _builtins.int
     PREFIX_HIT_RATE_FIELD_NUMBER: _builtins.int
+    KV_AGE_FIELD_NUMBER: _builtins.int
+    INDEX_DEGRADED_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Its id."""
     rank: _builtins.int
@@ -724,9 +898,15 @@ class RouterWorker(_message.Message):
     """Requests that wait on it for room in a batch, by its last report."""
     prefix_hit_rate: _builtins.float
     """Share of prompt blocks found in its cache, 0 to 1, by its last report."""
+    index_degraded: _builtins.bool
+    """Its part of the index is not to be trusted: it is routed to by load alone."""
     @_builtins.property
     def load_age(self) -> _duration_pb2.Duration:
         """Age of the last load report; unset before the first."""
+
+    @_builtins.property
+    def kv_age(self) -> _duration_pb2.Duration:
+        """Age of its last KV event; unset before the first."""
 
     def __init__(
         self,
@@ -745,10 +925,12 @@ class RouterWorker(_message.Message):
         draining: _builtins.bool = ...,
         waiting_requests: _builtins.int = ...,
         prefix_hit_rate: _builtins.float = ...,
+        kv_age: _duration_pb2.Duration | None = ...,
+        index_degraded: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["load_age", b"load_age"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["kv_age", b"kv_age", "load_age", b"load_age"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_blocks", b"active_blocks", "active_prefill_tokens", b"active_prefill_tokens", "active_requests", b"active_requests", "draining", b"draining", "epoch", b"epoch", "indexed_blocks", b"indexed_blocks", "load_age", b"load_age", "prefix_hit_rate", b"prefix_hit_rate", "rank", b"rank", "reservations", b"reservations", "stale", b"stale", "total_blocks", b"total_blocks", "waiting_requests", b"waiting_requests", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_blocks", b"active_blocks", "active_prefill_tokens", b"active_prefill_tokens", "active_requests", b"active_requests", "draining", b"draining", "epoch", b"epoch", "index_degraded", b"index_degraded", "indexed_blocks", b"indexed_blocks", "kv_age", b"kv_age", "load_age", b"load_age", "prefix_hit_rate", b"prefix_hit_rate", "rank", b"rank", "reservations", b"reservations", "stale", b"stale", "total_blocks", b"total_blocks", "waiting_requests", b"waiting_requests", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

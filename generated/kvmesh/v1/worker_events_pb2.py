@@ -25,13 +25,15 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dkvmesh/v1/worker_events.proto\x12\tkvmesh.v1\x1a\x1egoogle/protobuf/duration.proto\"V\n\x10WatchLoadRequest\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12/\n\x0cmin_interval\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x96\x01\n\x11WatchLoadResponse\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x06\x12\x10\n\x08sequence\x18\x03 \x01(\x06\x12\"\n\x05ranks\x18\x04 \x03(\x0b\x32\x13.kvmesh.v1.RankLoad\x12\x17\n\x0freservation_ids\x18\x05 \x03(\x06\x12\x10\n\x08\x64raining\x18\x06 \x01(\x08\"\xe4\x01\n\x08RankLoad\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x17\n\x0f\x61\x63tive_requests\x18\x02 \x01(\r\x12\x14\n\x0cmax_requests\x18\x03 \x01(\r\x12\x15\n\ractive_blocks\x18\x04 \x01(\x04\x12\x14\n\x0ctotal_blocks\x18\x05 \x01(\x04\x12\x18\n\x10waiting_requests\x18\x06 \x01(\r\x12\x13\n\x0b\x63\x61\x63he_usage\x18\x07 \x01(\x01\x12\x17\n\x0fprefix_hit_rate\x18\x08 \x01(\x01\x12&\n\x06shares\x18\t \x03(\x0b\x32\x16.kvmesh.v1.RouterShare\"h\n\x0bRouterShare\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x17\n\x0f\x61\x63tive_requests\x18\x02 \x01(\r\x12\x16\n\x0eprefill_tokens\x18\x03 \x01(\x04\x12\x15\n\rdecode_blocks\x18\x04 \x01(\x04\"\x92\x01\n\x14WatchKvEventsRequest\x12\x1a\n\rfrom_sequence\x18\x01 \x01(\x06H\x00\x88\x01\x01\x12\r\n\x05\x65poch\x18\x02 \x01(\x06\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12/\n\x0cmin_interval\x18\x04 \x01(\x0b\x32\x19.google.protobuf.DurationB\x10\n\x0e_from_sequence\"\xaa\x01\n\x15WatchKvEventsResponse\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x06\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x10\n\x08sequence\x18\x04 \x01(\x06\x12\x10\n\x08snapshot\x18\x05 \x01(\x08\x12\x19\n\x11snapshot_complete\x18\x06 \x01(\x08\x12\"\n\x06\x65vents\x18\x07 \x03(\x0b\x32\x12.kvmesh.v1.KvEvent\"\x9c\x01\n\x07KvEvent\x12+\n\x06stored\x18\x01 \x01(\x0b\x32\x19.kvmesh.v1.KvBlocksStoredH\x00\x12-\n\x07removed\x18\x02 \x01(\x0b\x32\x1a.kvmesh.v1.KvBlocksRemovedH\x00\x12,\n\x07\x63leared\x18\x03 \x01(\x0b\x32\x19.kvmesh.v1.KvCacheClearedH\x00\x42\x07\n\x05\x65vent\"z\n\x0eKvBlocksStored\x12\x18\n\x0bparent_hash\x18\x01 \x01(\x06H\x00\x88\x01\x01\x12\x14\n\x0c\x62lock_hashes\x18\x02 \x03(\x06\x12\x14\n\x0clocal_hashes\x18\x03 \x03(\x06\x12\x12\n\nblock_size\x18\x04 \x01(\rB\x0e\n\x0c_parent_hash\"\'\n\x0fKvBlocksRemoved\x12\x14\n\x0c\x62lock_hashes\x18\x01 \x03(\x06\"\x10\n\x0eKvCacheCleared2\xae\x01\n\x0cWorkerEvents\x12H\n\tWatchLoad\x12\x1b.kvmesh.v1.WatchLoadRequest\x1a\x1c.kvmesh.v1.WatchLoadResponse0\x01\x12T\n\rWatchKvEvents\x12\x1f.kvmesh.v1.WatchKvEventsRequest\x1a .kvmesh.v1.WatchKvEventsResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dkvmesh/v1/worker_events.proto\x12\tkvmesh.v1\x1a\x1egoogle/protobuf/duration.proto\"V\n\x10WatchLoadRequest\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12/\n\x0cmin_interval\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x96\x01\n\x11WatchLoadResponse\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x06\x12\x10\n\x08sequence\x18\x03 \x01(\x06\x12\"\n\x05ranks\x18\x04 \x03(\x0b\x32\x13.kvmesh.v1.RankLoad\x12\x17\n\x0freservation_ids\x18\x05 \x03(\x06\x12\x10\n\x08\x64raining\x18\x06 \x01(\x08\"\xe4\x01\n\x08RankLoad\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x17\n\x0f\x61\x63tive_requests\x18\x02 \x01(\r\x12\x14\n\x0cmax_requests\x18\x03 \x01(\r\x12\x15\n\ractive_blocks\x18\x04 \x01(\x04\x12\x14\n\x0ctotal_blocks\x18\x05 \x01(\x04\x12\x18\n\x10waiting_requests\x18\x06 \x01(\r\x12\x13\n\x0b\x63\x61\x63he_usage\x18\x07 \x01(\x01\x12\x17\n\x0fprefix_hit_rate\x18\x08 \x01(\x01\x12&\n\x06shares\x18\t \x03(\x0b\x32\x16.kvmesh.v1.RouterShare\"h\n\x0bRouterShare\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x17\n\x0f\x61\x63tive_requests\x18\x02 \x01(\r\x12\x16\n\x0eprefill_tokens\x18\x03 \x01(\x04\x12\x15\n\rdecode_blocks\x18\x04 \x01(\x04\"\xbc\x01\n\x14WatchKvEventsRequest\x12\x1a\n\rfrom_sequence\x18\x01 \x01(\x06H\x00\x88\x01\x01\x12\r\n\x05\x65poch\x18\x02 \x01(\x06\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12/\n\x0cmin_interval\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x18\n\x0bto_sequence\x18\x05 \x01(\x06H\x01\x88\x01\x01\x42\x10\n\x0e_from_sequenceB\x0e\n\x0c_to_sequence\"\xb7\x02\n\x15WatchKvEventsResponse\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x06\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x10\n\x08sequence\x18\x04 \x01(\x06\x12\x10\n\x08snapshot\x18\x05 \x01(\x08\x12\x19\n\x11snapshot_complete\x18\x06 \x01(\x08\x12\"\n\x06\x65vents\x18\x07 \x03(\x0b\x32\x12.kvmesh.v1.KvEvent\x12\x1b\n\x0e\x61\x66ter_sequence\x18\x08 \x01(\x06H\x00\x88\x01\x01\x12\x30\n\x0esnapshot_cause\x18\t \x01(\x0e\x32\x18.kvmesh.v1.SnapshotCause\x12)\n\x06waited\x18\n \x01(\x0b\x32\x19.google.protobuf.DurationB\x11\n\x0f_after_sequence\"\x9c\x01\n\x07KvEvent\x12+\n\x06stored\x18\x01 \x01(\x0b\x32\x19.kvmesh.v1.KvBlocksStoredH\x00\x12-\n\x07removed\x18\x02 \x01(\x0b\x32\x1a.kvmesh.v1.KvBlocksRemovedH\x00\x12,\n\x07\x63leared\x18\x03 \x01(\x0b\x32\x19.kvmesh.v1.KvCacheClearedH\x00\x42\x07\n\x05\x65vent\"z\n\x0eKvBlocksStored\x12\x18\n\x0bparent_hash\x18\x01 \x01(\x06H\x00\x88\x01\x01\x12\x14\n\x0c\x62lock_hashes\x18\x02 \x03(\x06\x12\x14\n\x0clocal_hashes\x18\x03 \x03(\x06\x12\x12\n\nblock_size\x18\x04 \x01(\rB\x0e\n\x0c_parent_hash\"\'\n\x0fKvBlocksRemoved\x12\x14\n\x0c\x62lock_hashes\x18\x01 \x03(\x06\"\x10\n\x0eKvCacheCleared*\xb1\x01\n\rSnapshotCause\x12\x1e\n\x1aSNAPSHOT_CAUSE_UNSPECIFIED\x10\x00\x12\x1e\n\x1aSNAPSHOT_CAUSE_NO_POSITION\x10\x01\x12\x1e\n\x1aSNAPSHOT_CAUSE_OTHER_EPOCH\x10\x02\x12\x1e\n\x1aSNAPSHOT_CAUSE_FELL_BEHIND\x10\x03\x12 \n\x1cSNAPSHOT_CAUSE_BEYOND_NEWEST\x10\x04\x32\xae\x01\n\x0cWorkerEvents\x12H\n\tWatchLoad\x12\x1b.kvmesh.v1.WatchLoadRequest\x1a\x1c.kvmesh.v1.WatchLoadResponse0\x01\x12T\n\rWatchKvEvents\x12\x1f.kvmesh.v1.WatchKvEventsRequest\x1a .kvmesh.v1.WatchKvEventsResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvmesh.v1.worker_events_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_SNAPSHOTCAUSE']._serialized_start=1502
+  _globals['_SNAPSHOTCAUSE']._serialized_end=1679
   _globals['_WATCHLOADREQUEST']._serialized_start=76
   _globals['_WATCHLOADREQUEST']._serialized_end=162
   _globals['_WATCHLOADRESPONSE']._serialized_start=165
@@ -41,17 +43,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ROUTERSHARE']._serialized_start=548
   _globals['_ROUTERSHARE']._serialized_end=652
   _globals['_WATCHKVEVENTSREQUEST']._serialized_start=655
-  _globals['_WATCHKVEVENTSREQUEST']._serialized_end=801
-  _globals['_WATCHKVEVENTSRESPONSE']._serialized_start=804
-  _globals['_WATCHKVEVENTSRESPONSE']._serialized_end=974
-  _globals['_KVEVENT']._serialized_start=977
-  _globals['_KVEVENT']._serialized_end=1133
-  _globals['_KVBLOCKSSTORED']._serialized_start=1135
-  _globals['_KVBLOCKSSTORED']._serialized_end=1257
-  _globals['_KVBLOCKSREMOVED']._serialized_start=1259
-  _globals['_KVBLOCKSREMOVED']._serialized_end=1298
-  _globals['_KVCACHECLEARED']._serialized_start=1300
-  _globals['_KVCACHECLEARED']._serialized_end=1316
-  _globals['_WORKEREVENTS']._serialized_start=1319
-  _globals['_WORKEREVENTS']._serialized_end=1493
+  _globals['_WATCHKVEVENTSREQUEST']._serialized_end=843
+  _globals['_WATCHKVEVENTSRESPONSE']._serialized_start=846
+  _globals['_WATCHKVEVENTSRESPONSE']._serialized_end=1157
+  _globals['_KVEVENT']._serialized_start=1160
+  _globals['_KVEVENT']._serialized_end=1316
+  _globals['_KVBLOCKSSTORED']._serialized_start=1318
+  _globals['_KVBLOCKSSTORED']._serialized_end=1440
+  _globals['_KVBLOCKSREMOVED']._serialized_start=1442
+  _globals['_KVBLOCKSREMOVED']._serialized_end=1481
+  _globals['_KVCACHECLEARED']._serialized_start=1483
+  _globals['_KVCACHECLEARED']._serialized_end=1499
+  _globals['_WORKEREVENTS']._serialized_start=1682
+  _globals['_WORKEREVENTS']._serialized_end=1856
 # @@protoc_insertion_point(module_scope)

@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -18,6 +19,38 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _SnapshotCause:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SnapshotCauseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SnapshotCause.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SNAPSHOT_CAUSE_UNSPECIFIED: _SnapshotCause.ValueType  # 0
+    """Not a snapshot, or an unknown cause."""
+    SNAPSHOT_CAUSE_NO_POSITION: _SnapshotCause.ValueType  # 1
+    """The asker had no position."""
+    SNAPSHOT_CAUSE_OTHER_EPOCH: _SnapshotCause.ValueType  # 2
+    """Its position belongs to another incarnation of the worker."""
+    SNAPSHOT_CAUSE_FELL_BEHIND: _SnapshotCause.ValueType  # 3
+    """Its position is older than what the worker keeps."""
+    SNAPSHOT_CAUSE_BEYOND_NEWEST: _SnapshotCause.ValueType  # 4
+    """Its position is newer than the newest."""
+
+class SnapshotCause(_SnapshotCause, metaclass=_SnapshotCauseEnumTypeWrapper):
+    """Why a snapshot came."""
+
+SNAPSHOT_CAUSE_UNSPECIFIED: SnapshotCause.ValueType  # 0
+"""Not a snapshot, or an unknown cause."""
+SNAPSHOT_CAUSE_NO_POSITION: SnapshotCause.ValueType  # 1
+"""The asker had no position."""
+SNAPSHOT_CAUSE_OTHER_EPOCH: SnapshotCause.ValueType  # 2
+"""Its position belongs to another incarnation of the worker."""
+SNAPSHOT_CAUSE_FELL_BEHIND: SnapshotCause.ValueType  # 3
+"""Its position is older than what the worker keeps."""
+SNAPSHOT_CAUSE_BEYOND_NEWEST: SnapshotCause.ValueType  # 4
+"""Its position is newer than the newest."""
+Global___SnapshotCause: _TypeAlias = SnapshotCause  # noqa: Y015
 
 @_typing.final
 class WatchLoadRequest(_message.Message):
@@ -193,12 +226,15 @@ class WatchKvEventsRequest(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     RANK_FIELD_NUMBER: _builtins.int
     MIN_INTERVAL_FIELD_NUMBER: _builtins.int
+    TO_SEQUENCE_FIELD_NUMBER: _builtins.int
     from_sequence: _builtins.int
     """The last position the asker has; unset = none, start with a snapshot."""
     epoch: _builtins.int
     """The incarnation that position belongs to; any other than the worker's gets a snapshot."""
     rank: _builtins.int
     """Data-parallel rank."""
+    to_sequence: _builtins.int
+    """End the stream once everything up to here is sent; unset = never. Not below from_sequence."""
     @_builtins.property
     def min_interval(self) -> _duration_pb2.Duration:
         """Not more often than this; default 10 ms."""
@@ -210,14 +246,20 @@ class WatchKvEventsRequest(_message.Message):
         epoch: _builtins.int = ...,
         rank: _builtins.int = ...,
         min_interval: _duration_pb2.Duration | None = ...,
+        to_sequence: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_from_sequence", b"_from_sequence", "from_sequence", b"from_sequence", "min_interval", b"min_interval"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_from_sequence", b"_from_sequence", "_to_sequence", b"_to_sequence", "from_sequence", b"from_sequence", "min_interval", b"min_interval", "to_sequence", b"to_sequence"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_from_sequence", b"_from_sequence", "epoch", b"epoch", "from_sequence", b"from_sequence", "min_interval", b"min_interval", "rank", b"rank"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_from_sequence", b"_from_sequence", "_to_sequence", b"_to_sequence", "epoch", b"epoch", "from_sequence", b"from_sequence", "min_interval", b"min_interval", "rank", b"rank", "to_sequence", b"to_sequence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__from_sequence: _TypeAlias = _typing.Literal["from_sequence"]  # noqa: Y015
     _WhichOneofArgType__from_sequence: _TypeAlias = _typing.Literal["_from_sequence", b"_from_sequence"]  # noqa: Y015
+    _WhichOneofReturnType__to_sequence: _TypeAlias = _typing.Literal["to_sequence"]  # noqa: Y015
+    _WhichOneofArgType__to_sequence: _TypeAlias = _typing.Literal["_to_sequence", b"_to_sequence"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__from_sequence) -> _WhichOneofReturnType__from_sequence | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__to_sequence) -> _WhichOneofReturnType__to_sequence | None: ...
 
 Global___WatchKvEventsRequest: _TypeAlias = WatchKvEventsRequest  # noqa: Y015
 
@@ -234,6 +276,9 @@ class WatchKvEventsResponse(_message.Message):
     SNAPSHOT_FIELD_NUMBER: _builtins.int
     SNAPSHOT_COMPLETE_FIELD_NUMBER: _builtins.int
     EVENTS_FIELD_NUMBER: _builtins.int
+    AFTER_SEQUENCE_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_CAUSE_FIELD_NUMBER: _builtins.int
+    WAITED_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """The worker."""
     epoch: _builtins.int
@@ -246,9 +291,17 @@ class WatchKvEventsResponse(_message.Message):
     """True: part of a snapshot. The first part replaces all that is known of this rank."""
     snapshot_complete: _builtins.bool
     """True on the last part of a snapshot."""
+    after_sequence: _builtins.int
+    """Position before this batch: a reader who is elsewhere has missed something. Unset in a snapshot."""
+    snapshot_cause: Global___SnapshotCause.ValueType
+    """Why the worker answers with a snapshot; on each of its parts."""
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvEvent]:
         """In order."""
+
+    @_builtins.property
+    def waited(self) -> _duration_pb2.Duration:
+        """How long the oldest of these events has waited at the worker. Unset in a snapshot."""
 
     def __init__(
         self,
@@ -260,12 +313,17 @@ class WatchKvEventsResponse(_message.Message):
         snapshot: _builtins.bool = ...,
         snapshot_complete: _builtins.bool = ...,
         events: _abc.Iterable[Global___KvEvent] | None = ...,
+        after_sequence: _builtins.int | None = ...,
+        snapshot_cause: Global___SnapshotCause.ValueType = ...,
+        waited: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_after_sequence", b"_after_sequence", "after_sequence", b"after_sequence", "waited", b"waited"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "events", b"events", "rank", b"rank", "sequence", b"sequence", "snapshot", b"snapshot", "snapshot_complete", b"snapshot_complete", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_after_sequence", b"_after_sequence", "after_sequence", b"after_sequence", "epoch", b"epoch", "events", b"events", "rank", b"rank", "sequence", b"sequence", "snapshot", b"snapshot", "snapshot_cause", b"snapshot_cause", "snapshot_complete", b"snapshot_complete", "waited", b"waited", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__after_sequence: _TypeAlias = _typing.Literal["after_sequence"]  # noqa: Y015
+    _WhichOneofArgType__after_sequence: _TypeAlias = _typing.Literal["_after_sequence", b"_after_sequence"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__after_sequence) -> _WhichOneofReturnType__after_sequence | None: ...
 
 Global___WatchKvEventsResponse: _TypeAlias = WatchKvEventsResponse  # noqa: Y015
 

@@ -60,7 +60,8 @@ class WorkerEventsServicer(object):
 
     def WatchKvEvents(self, request, context):
         """Contents of the KV cache: deltas after the given position, or a snapshot where that position is unknown, so that
-        nothing is ever missed silently. `from_sequence` beyond the newest is answered with a snapshot too.
+        nothing is ever missed silently; the snapshot says why it came. INVALID_FIELD for a rank that the worker has not, or
+        an end before the start.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -37,7 +37,8 @@ class WorkerEventsStub:
     """Loads: at once, then when something changed, and at least every second. Every message is complete in itself."""
     WatchKvEvents: _grpc.UnaryStreamMultiCallable[_worker_events_pb2.WatchKvEventsRequest, _worker_events_pb2.WatchKvEventsResponse]
     """Contents of the KV cache: deltas after the given position, or a snapshot where that position is unknown, so that
-    nothing is ever missed silently. `from_sequence` beyond the newest is answered with a snapshot too.
+    nothing is ever missed silently; the snapshot says why it came. INVALID_FIELD for a rank that the worker has not, or
+    an end before the start.
     """
 
 @_typing.type_check_only
@@ -49,7 +50,8 @@ class WorkerEventsAsyncStub(WorkerEventsStub):
     """Loads: at once, then when something changed, and at least every second. Every message is complete in itself."""
     WatchKvEvents: _aio.UnaryStreamMultiCallable[_worker_events_pb2.WatchKvEventsRequest, _worker_events_pb2.WatchKvEventsResponse]  # type: ignore[assignment]
     """Contents of the KV cache: deltas after the given position, or a snapshot where that position is unknown, so that
-    nothing is ever missed silently. `from_sequence` beyond the newest is answered with a snapshot too.
+    nothing is ever missed silently; the snapshot says why it came. INVALID_FIELD for a rank that the worker has not, or
+    an end before the start.
     """
 
 class WorkerEventsServicer(metaclass=_abc_1.ABCMeta):
@@ -70,7 +72,8 @@ class WorkerEventsServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_worker_events_pb2.WatchKvEventsResponse], _abc.AsyncIterator[_worker_events_pb2.WatchKvEventsResponse]]:
         """Contents of the KV cache: deltas after the given position, or a snapshot where that position is unknown, so that
-        nothing is ever missed silently. `from_sequence` beyond the newest is answered with a snapshot too.
+        nothing is ever missed silently; the snapshot says why it came. INVALID_FIELD for a rank that the worker has not, or
+        an end before the start.
         """
 
 def add_WorkerEventsServicer_to_server(servicer: WorkerEventsServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,6 +1,7 @@
 """`kvmesh config show`: each setting's value, and where it came from."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,8 +30,25 @@ def show_config(
         raise CommandFailed(str(exc), exit_code=2) from exc
     table = Table("setting", "value", "from", box=None, pad_edge=False, header_style="dim")
     for key, value, origin in setting_rows(loaded):
-        table.add_row(key, str(value), origin, style="bold" if origin != "default" else None)
+        table.add_row(key, value_text(value), origin, style="bold" if origin != "default" else None)
     output_console().print(table)
+
+
+def value_text(value: Any) -> str:
+    """Return a value as a flag or a variable takes it; "" = unset."""
+    match value:
+        case None:
+            return ""
+        case bool():
+            return str(value).lower()
+        case Enum():
+            return value_text(value.value)
+        case Mapping():
+            return ",".join(f"{name}={value_text(entry)}" for name, entry in value.items())
+        case list() | tuple():
+            return ",".join(value_text(entry) for entry in value)
+        case _:
+            return str(value)
 
 
 def setting_rows(loaded: "LoadedSettings[Settings]") -> Iterator[tuple[str, Any, str]]:

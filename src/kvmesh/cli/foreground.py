@@ -2,6 +2,7 @@
 
 import asyncio
 import atexit
+import errno
 import logging
 import os
 import signal
@@ -24,6 +25,8 @@ _QUIT_AT_ONCE = 130
 _LOG_END_S = 1.0
 """How long the end of the process waits for the reader of its log."""
 _SHOW_CURSOR = b"\x1b[?25h"
+_ADDRESS_ERRORS = frozenset({errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EACCES, errno.EINVAL})
+"""What listening on an address fails with."""
 _log = telemetry.logger(__name__)
 
 
@@ -115,7 +118,16 @@ async def _start(mesh: Startable) -> None:
     except PortTakenError:
         raise  # says what to do
     except OSError as exc:
-        raise CommandFailed(f"{exc.strerror or exc}: check --http-host, --grpc-host or --host") from exc
+        raise CommandFailed(_os_error_text(exc)) from exc
+
+
+def _os_error_text(error: OSError) -> str:
+    """Say what failed, and where it may be an address, which flags to look at; what is about a file names it."""
+    text = error.strerror or str(error)
+    if error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: {text}"
+    is_address = error.errno in _ADDRESS_ERRORS or (error.errno or 0) < 0  # those of getaddrinfo
+    return f"{text}: check --http-host, --grpc-host or --host" if is_address else text
 
 
 async def show_by_log(mesh: ForegroundMesh) -> None:

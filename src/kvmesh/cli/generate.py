@@ -1,5 +1,6 @@
 """`kvmesh generate`: one request, printed as it arrives."""
 
+import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -20,7 +21,9 @@ def generate(
     target: Target = DEFAULT_TARGET,
     timeout: Timeout = 300.0,
 ) -> None:
-    """Continue a prompt; Ctrl-C cancels it everywhere. The output goes to stdout, all else to stderr."""
+    """Continue a prompt; Ctrl-C cancels it everywhere. The output goes to stdout as it is, all else to stderr."""
+    _require_unicode(prompt, "PROMPT")
+    _require_unicode(model, "--model")
     import grpc
 
     from kvmesh.cli.calls import broken_text, open_channel
@@ -46,7 +49,7 @@ def generate(
                     case "chunk" if no_stream:
                         held.append(response.chunk.text)
                     case "chunk":
-                        typer.echo(response.chunk.text, nl=False)  # echo flushes
+                        _write(response.chunk.text)
                         is_within_line = True
                     case "finished":
                         finished = response.finished
@@ -56,12 +59,35 @@ def generate(
             raise CommandFailed(broken_text(exc, target, after=_tokens(token_count))) from exc
         finally:
             if is_within_line:
-                typer.echo()  # what comes next, be it an error, begins its own line
+                _end_line()  # what comes next, be it an error, begins its own line
     if finished is None:
         raise CommandFailed(f"the stream ended after {_tokens(token_count)} without a result: the output is incomplete")
     if no_stream:
-        typer.echo("".join(held))
+        _write("".join(held))
+        _end_line()
     typer.secho(footer(started, finished), dim=True, err=True)
+
+
+def _require_unicode(text: str, name: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as exc:
+        raise CommandFailed(f"{name} is not UTF-8", exit_code=2) from exc
+
+
+def _write(text: str) -> None:
+    """Write output at once; to a pipe or a file byte for byte, also what would colour a terminal."""
+    if sys.stdout.isatty():
+        typer.echo(text, nl=False)
+    else:
+        sys.stdout.buffer.write(text.encode())
+        sys.stdout.buffer.flush()
+
+
+def _end_line() -> None:
+    """Have what comes next on the terminal begin its own line."""
+    if sys.stdout.isatty():
+        typer.echo()
 
 
 def _tokens(count: int) -> str:
@@ -75,6 +101,8 @@ def footer(started: "frontend_pb2.Started", finished: "generation_pb2.Finished")
     usage = finished.usage
     reason = generation_pb2.FinishReason.Name(finished.reason).removeprefix("FINISH_REASON_").lower()
     prefill = "remote" if started.prefill.remote else "local"
+    if started.prefill.reason.startswith("fallback_"):
+        prefill += f", as the remote one failed: {started.prefill.reason.removeprefix('fallback_').upper()}"
     return (
         f"[{started.worker_id}: {usage.completion_tokens} tokens, {reason}; prompt {usage.prompt_tokens} tokens, "
         f"{usage.cached_tokens} cached, {started.predicted_cached_tokens} predicted; prefill {prefill}]"
@@ -85,4 +113,8 @@ def _print_explanation(started: "frontend_pb2.Started") -> None:
     from kvmesh.cli.console import output_console
     from kvmesh.cli.explanation import explanation_view
 
-    output_console(stderr=True).print(explanation_view(started.explanation))
+    console = output_console(stderr=True)
+    if not started.explanation.candidates:  # no router chose
+        console.print(started.explanation.note or "the mesh gave no explanation")
+        return
+    console.print(explanation_view(started.explanation, width=console.width))

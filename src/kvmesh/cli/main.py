@@ -10,12 +10,14 @@ import typer
 
 from kvmesh.cli.config import show_config
 from kvmesh.cli.drain import drain
+from kvmesh.cli.explain import explain
 from kvmesh.cli.generate import generate
 from kvmesh.cli.model import make_tiny
 from kvmesh.cli.options import examples
 from kvmesh.cli.probe import BAD_FLAGS, probe
 from kvmesh.cli.replay import replay
 from kvmesh.cli.serve import serve_role
+from kvmesh.cli.simulate import simulate
 from kvmesh.cli.status import status
 from kvmesh.cli.streams import give_up_stdout, open_closed_streams
 from kvmesh.cli.up import up
@@ -57,6 +59,17 @@ app.command(epilog=examples("kvmesh drain NODE1/decode/1", "kvmesh drain NODE1/d
 app.command(
     epilog=examples("kvmesh replay conversation_trace.jsonl", "kvmesh replay trace.jsonl --limit 1000 --speed 5 --json")
 )(replay)
+app.command(
+    epilog=examples(
+        "kvmesh explain decisions.jsonl", "kvmesh explain decisions.jsonl --policy least_loaded --limit 100"
+    )
+)(explain)
+app.command(
+    epilog=examples(
+        "kvmesh simulate conversation_trace.jsonl --workers 8",
+        "kvmesh simulate trace.jsonl --policy round_robin --policy kv_aware --speed 2 --json",
+    )
+)(simulate)
 config_app.command("show", epilog=examples("kvmesh config show", "kvmesh config show --config mesh.toml"))(show_config)
 app.add_typer(config_app, name="config")
 model_app.command("make-tiny", epilog=examples("kvmesh model make-tiny ./tiny"))(make_tiny)

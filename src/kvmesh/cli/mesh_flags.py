@@ -11,9 +11,19 @@ Router = Annotated[
 Processor = Annotated[
     str | None, typer.Option(help="inside the frontend, or separate. [default: inside]", metavar="WHERE")
 ]
-Policy = Annotated[str | None, typer.Option(help="Routing policy. [default: kv_aware]", metavar="NAME")]
+Policy = Annotated[
+    str | None,
+    typer.Option(help="Routing policy: a name, or MODULE:CLASS of your own. [default: least_work]", metavar="NAME"),
+]
+PolicyOptions = Annotated[
+    list[str] | None,
+    typer.Option(help="One option of the policy; may be repeated.", metavar="KEY=VALUE"),
+]
 EngineName = Annotated[
-    str | None, typer.Option(help="Engine: echo, simulated or numpy_llama. [default: echo]", metavar="NAME")
+    str | None,
+    typer.Option(
+        help="Engine: echo, simulated, numpy_llama, openai_upstream, tensorrt_llm. [default: echo]", metavar="NAME"
+    ),
 ]
 EngineOptions = Annotated[
     list[str] | None, typer.Option(help="One option of the engine; may be repeated.", metavar="KEY=VALUE")

@@ -15,14 +15,21 @@ if TYPE_CHECKING:
 
 def engine_options(options: list[str]) -> dict[str, str]:
     """Return `KEY=VALUE` flags by dotted key. Raises: typer.BadParameter."""
+    return _by_dotted_key(options, "engine.options", flag="--engine-option", example="total_blocks=512")
+
+
+def policy_options(options: list[str]) -> dict[str, str]:
+    """Return `KEY=VALUE` flags by dotted key. Raises: typer.BadParameter."""
+    return _by_dotted_key(options, "router.policy_options", flag="--policy-option", example="weight=0.5")
+
+
+def _by_dotted_key(options: list[str], table: str, *, flag: str, example: str) -> dict[str, str]:
     by_key = {}
     for option in options:
         name, separator, value = option.partition("=")
         if not separator or not name:
-            raise typer.BadParameter(
-                f"{option!r} is not KEY=VALUE, e.g. total_blocks=512", param_hint="--engine-option"
-            )
-        by_key[f"engine.options.{name}"] = value
+            raise typer.BadParameter(f"{option!r} is not KEY=VALUE, e.g. {example}", param_hint=flag)
+        by_key[f"{table}.{name}"] = value
     return by_key
 
 

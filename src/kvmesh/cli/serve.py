@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvmesh.cli import mesh_flags
-from kvmesh.cli.running import engine_options, run_with_settings
+from kvmesh.cli.running import engine_options, policy_options, run_with_settings
 
 if TYPE_CHECKING:
     from kvmesh.runtime.settings import LoadedSettings, Settings
@@ -45,6 +45,7 @@ def serve_role(
     router: mesh_flags.Router = None,
     processor: mesh_flags.Processor = None,
     policy: mesh_flags.Policy = None,
+    policy_option: mesh_flags.PolicyOptions = None,
     engine: mesh_flags.EngineName = None,
     engine_option: mesh_flags.EngineOptions = None,
     dtype: mesh_flags.Dtype = None,
@@ -91,7 +92,7 @@ def serve_role(
         "log.level": log_level,
         "log.format": log_format,
     }
-    flags |= engine_options(engine_option or [])
+    flags |= engine_options(engine_option or []) | policy_options(policy_option or [])
 
     def run(loaded: "LoadedSettings[Settings]") -> None:
         _serve(role, loaded.settings, exit_with_parent=exit_with_parent)

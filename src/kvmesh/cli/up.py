@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvmesh.cli import mesh_flags
-from kvmesh.cli.running import engine_options, run_with_settings
+from kvmesh.cli.running import engine_options, policy_options, run_with_settings
 
 if TYPE_CHECKING:
     from kvmesh.cli.foreground import ForegroundMesh
@@ -34,6 +34,7 @@ def up(
     router: mesh_flags.Router = None,
     processor: mesh_flags.Processor = None,
     policy: mesh_flags.Policy = None,
+    policy_option: mesh_flags.PolicyOptions = None,
     engine: mesh_flags.EngineName = None,
     engine_option: mesh_flags.EngineOptions = None,
     dtype: mesh_flags.Dtype = None,
@@ -84,7 +85,7 @@ def up(
         "log.level": log_level,
         "log.format": log_format,
     }
-    flags |= engine_options(engine_option or [])
+    flags |= engine_options(engine_option or []) | policy_options(policy_option or [])
     run_with_settings(_serve, config, flags)
 
 

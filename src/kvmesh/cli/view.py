@@ -132,7 +132,8 @@ def cache_line(topology: frontend_pb2.Topology) -> Text:
     counters = topology.counters
     hits = _share(counters.cached_tokens, counters.prompt_tokens)
     predicted = _share(counters.predicted_cached_tokens, counters.prompt_tokens)
-    return Text(f"cache     {hits} of prompt tokens hit, {predicted} predicted by {topology.policy}")
+    by = f", index {topology.index}" if topology.index not in ("", "events") else ""
+    return Text(f"cache     {hits} of prompt tokens hit, {predicted} predicted by {topology.policy}{by}")
 
 
 def curl_line(http_address: str) -> str:

@@ -5,7 +5,6 @@ A `Selection` holds everything the policy saw, its random seed too, so that the 
 """
 
 import math
-import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -65,8 +64,9 @@ class RoutingQuery:
 
     model: str
     prompt_tokens: int
-    block_hashes: Mapping[int, tuple[SequenceHash, ...]] = field(default_factory=dict)
-    """By block size: the sequence hashes of the prompt's full blocks. A worker whose block size is absent is cold."""
+    block_hashes: Mapping[int, Sequence[SequenceHash]] = field(default_factory=dict)
+    """By block size: the sequence hashes of the prompt's full blocks, which LoRA, cache namespace and what else a block
+    shows are part of. A worker whose block size is absent is cold."""
     prompt_text: str | None = field(default=None, repr=False)
     """For policies that compare text; it is in no log and no explanation."""
     lora: str | None = None
@@ -179,7 +179,7 @@ class Selection:
 
     worker: WorkerRank
     policy: str
-    scores: tuple[Scored, ...] = field(default=(), compare=False)
+    scores: Sequence[Scored] = field(default=(), compare=False)
     """One per candidate; () from a policy that does not score."""
     knobs: Mapping[str, float] = field(default_factory=dict)
     """The policy's settings that were in force, overrides applied."""
@@ -190,9 +190,9 @@ class Selection:
     epoch: Epoch = _NO_EPOCH
     overlap_blocks: int = 0
     cost: float | None = None
-    candidates: tuple[Candidate, ...] = field(default=(), compare=False)
+    candidates: Sequence[Candidate] = field(default=(), compare=False)
     """Those the policy could choose from, by worker."""
-    excluded: tuple[tuple[Candidate, str], ...] = field(default=(), compare=False)
+    excluded: Sequence[tuple[Candidate, str]] = field(default=(), compare=False)
     """Those it could not, each with the reason."""
     seed: int = 0
     """Of the random.Random that the policy was given."""
@@ -202,6 +202,23 @@ class Selection:
     """Why the policy's word did not count and the least cost won instead; "" = it counted."""
     remote_prefill: RemotePrefillDecision | None = None
     """The estimate by which the prefill was booked; None if the router has no rule."""
+
+    def without_candidates(self) -> "Selection":
+        """Return the same choice without what is large of its explanation."""
+        return Selection(
+            worker=self.worker,
+            policy=self.policy,
+            knobs=self.knobs,
+            note=self.note,
+            query=self.query,
+            epoch=self.epoch,
+            overlap_blocks=self.overlap_blocks,
+            cost=self.cost,
+            seed=self.seed,
+            is_staleness_ignored=self.is_staleness_ignored,
+            fallback=self.fallback,
+            remote_prefill=self.remote_prefill,
+        )
 
     def explain(self) -> tuple[Verdict, ...]:
         """Return every candidate by ascending cost, of equals the chosen one first; `excluded` has the others."""
@@ -229,9 +246,3 @@ class Selection:
 def by_worker(candidates: Iterable[Candidate]) -> list[Candidate]:
     """Return candidates by worker_id and rank, so that no choice depends on the order of some map."""
     return sorted(candidates, key=lambda candidate: (candidate.worker.worker_id, candidate.worker.rank))
-
-
-def draw_least(scores: Sequence[Scored], rng: random.Random) -> Scored:
-    """Return the one of least cost, ties uniformly."""
-    least = min(scored.cost for scored in scores)
-    return rng.choice([scored for scored in scores if scored.cost == least])

@@ -4,9 +4,8 @@
 
 Laws:
     - the router's own share of a report never adds load, it only corrects bookings;
-    - a block is counted once per worker, however many bookings hold it (equal sequence hash = equal block);
-    - the blocks of a booking are a chain from block 0, so those active on a worker are closed under prefix and the
-      part of a chain that is active there is found by bisection;
+    - a block is counted once per worker, however many bookings hold it (equal key = equal block);
+    - output blocks of a request of which the length is expected count for less the nearer it is to its end;
     - a booking ends exactly once, by one of: release; a report that shows it no more; a report newer than the worker's
       acknowledgement that never showed it; `booking_ttl_s` in which no report showed it; the end of its worker;
     - an ended booking's key stays known for `released_ttl_s`, whatever ended it, and cannot be booked again.
@@ -14,47 +13,26 @@ Laws:
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
+from kvmesh.core.active_blocks import ActiveBlocks
+from kvmesh.core.bookings import Booking, RankLoad
 from kvmesh.core.errors import ConflictError, NotKnownError, Reason
 from kvmesh.core.ids import AttemptKey, Epoch, RouterId, SequenceHash, WorkerId, WorkerRank
 from kvmesh.core.load_report import LoadReport, ReportOutcome, ReportResult, RouterLoad
+from kvmesh.core.prompt_blocks import PromptBlocks
+from kvmesh.core.rank_columns import (
+    BLOCKS,
+    HEARD_AT,
+    IS_REPORTED,
+    MAX_REQUESTS,
+    PREFILL_TOKENS,
+    REQUESTS,
+    TOTAL_BLOCKS,
+    WAITING,
+    RankColumns,
+)
 
 __all__ = ["LoadReport", "LoadTable", "ReportOutcome", "ReportResult", "RouterLoad"]
-
-
-@dataclass(slots=True)
-class _Booking:
-    key: AttemptKey
-    reservation_id: int
-    worker: WorkerRank
-    block_hashes: tuple[SequenceHash, ...]
-    unhashed_blocks: int
-    content: tuple[object, ...]
-    prefill_tokens: int
-    seen_at: float
-    """When it was booked or, later, last shown by a report."""
-    was_shown: bool = False
-    accepted_sequence: int | None = None
-    """The worker's load sequence when it acknowledged the submit: later reports know of this booking."""
-
-    def is_ended_by(self, report: LoadReport) -> bool:
-        if self.reservation_id in report.reservation_ids:
-            return False
-        return self.was_shown or (self.accepted_sequence is not None and report.sequence > self.accepted_sequence)
-
-
-@dataclass(slots=True)
-class _RankLoad:
-    epoch: Epoch
-    since: float
-    report: LoadReport | None = None
-    others: RouterLoad = RouterLoad()
-    bookings: dict[AttemptKey, _Booking] = field(default_factory=dict)
-    holders: dict[SequenceHash, int] = field(default_factory=dict)
-    """How many bookings hold each block; never 0."""
-    unhashed_blocks: int = 0
-    prefill_tokens: int = 0
 
 
 class LoadTable:
@@ -75,8 +53,11 @@ class LoadTable:
         self._booking_ttl_s = booking_ttl_s
         self._released_ttl_s = released_ttl_s
         self._max_released = max_released
-        self._ranks: dict[WorkerRank, _RankLoad] = {}
-        self._bookings: dict[AttemptKey, _Booking] = {}
+        self.columns = RankColumns()
+        """One row per followed rank; the load table writes all of it but INDEX_CHANGED_AT."""
+        self._active = ActiveBlocks()
+        self._ranks: dict[WorkerRank, RankLoad] = {}
+        self._bookings: dict[AttemptKey, Booking] = {}
         self._released_at: OrderedDict[AttemptKey, float] = OrderedDict()  # the oldest first
 
     @property
@@ -90,13 +71,17 @@ class LoadTable:
         if load is not None and load.epoch == epoch:
             return ()
         ended = self._end_all(load, now=now) if load is not None else ()
-        self._ranks[worker] = _RankLoad(epoch, since=now)
+        self._ranks[worker] = RankLoad(epoch, since=now, row=self.columns.add(worker, now=now))
         return ended
 
     def remove_worker(self, worker_id: WorkerId, *, now: float) -> tuple[AttemptKey, ...]:
         """Forget every rank of a worker; returns the bookings that this ended."""
         gone = [worker for worker in self._ranks if worker.worker_id == worker_id]
-        return tuple(key for worker in gone for key in self._end_all(self._ranks.pop(worker), now=now))
+        ended: list[AttemptKey] = []
+        for worker in gone:
+            ended += self._end_all(self._ranks.pop(worker), now=now)
+            self.columns.remove(worker)
+        return tuple(ended)
 
     def reserve(
         self,
@@ -106,17 +91,20 @@ class LoadTable:
         block_hashes: Sequence[SequenceHash],
         prefill_tokens: int,
         unhashed_blocks: int = 0,
+        expected_output_blocks: float | None = None,
         now: float,
     ) -> int:
         """Book a request and return its reservation id; the same again changes nothing and returns the same.
 
-        `prefill_tokens` are those still to compute on this worker; `unhashed_blocks` are blocks shared with nobody.
+        `block_hashes` are a chain from block 0. `prefill_tokens` are those still to compute on this worker;
+        `unhashed_blocks` are blocks shared with nobody. With `expected_output_blocks`, output blocks decay.
         Raises: ConflictError(ALREADY_EXISTS) if the key is booked with other content or has ended;
         NotKnownError(NOT_FOUND) if the worker is not followed.
         """
         assert prefill_tokens >= 0, prefill_tokens
         assert unhashed_blocks >= 0, unhashed_blocks
-        content = (worker, tuple(block_hashes), prefill_tokens, unhashed_blocks)
+        keys = _keys_of(block_hashes)
+        content = (worker, keys, prefill_tokens, unhashed_blocks, expected_output_blocks)
         held = self._bookings.get(key)
         if held is not None:
             if held.content != content:
@@ -126,16 +114,23 @@ class LoadTable:
         load = self._ranks.get(worker)
         if load is None:
             raise NotKnownError(Reason.NOT_FOUND, f"{worker} is not followed")
-        booking = _Booking(
-            key, self._next_reservation_id, worker, content[1], unhashed_blocks, content, prefill_tokens, seen_at=now
+        booking = Booking(
+            key,
+            self._next_reservation_id,
+            worker,
+            keys,
+            unhashed_blocks,
+            content,
+            prefill_tokens,
+            expected_output_blocks,
+            seen_at=now,
         )
         self._next_reservation_id += 1
         self._bookings[key] = load.bookings[key] = booking
-        holders = load.holders
-        for block_hash in booking.block_hashes:
-            holders[block_hash] = holders.get(block_hash, 0) + 1
+        load.held_blocks += self._active.add(load.row, keys)
         load.unhashed_blocks += unhashed_blocks
         load.prefill_tokens += prefill_tokens
+        self._publish(load)
         return booking.reservation_id
 
     def require_unused(self, key: AttemptKey, *, now: float) -> None:
@@ -149,16 +144,22 @@ class LoadTable:
         """Take a booking's prefill tokens off its worker. Idempotent. Raises: NotKnownError(NOT_FOUND)."""
         booking = self._find(key, now=now)
         if booking is not None:
-            self._ranks[booking.worker].prefill_tokens -= booking.prefill_tokens
+            load = self._ranks[booking.worker]
+            load.prefill_tokens -= booking.prefill_tokens
             booking.prefill_tokens = 0
+            self._publish(load)
 
     def add_output_blocks(self, key: AttemptKey, count: int, *, now: float) -> None:
-        """Add blocks of generated tokens; NOT idempotent. Raises: NotKnownError(NOT_FOUND)."""
+        """Add blocks of generated tokens, which may decay; NOT idempotent. Raises: NotKnownError(NOT_FOUND)."""
         assert count >= 0, count
         booking = self._find(key, now=now)
-        if booking is not None:
-            booking.unhashed_blocks += count
-            self._ranks[booking.worker].unhashed_blocks += count
+        if booking is None or not count:
+            return
+        load = self._ranks[booking.worker]
+        load.output_parts -= booking.output_parts
+        booking.output_blocks += count
+        load.output_parts += booking.output_parts
+        self._publish(load)
 
     def acknowledge(self, key: AttemptKey, accepted_load_sequence: int, *, now: float) -> bool:
         """Note that the worker took the request in; True if its latest report, being newer, ended the booking already.
@@ -196,6 +197,13 @@ class LoadTable:
         load.report = report
         others = (share for router_id, share in report.per_router.items() if router_id != self._router_id)
         load.others = sum(others, start=report.unrouted)
+        column = self.columns.values[:, load.row]
+        column[WAITING] = report.waiting_requests
+        column[TOTAL_BLOCKS] = report.total_blocks
+        column[MAX_REQUESTS] = report.max_requests
+        column[HEARD_AT] = report.received_at
+        column[IS_REPORTED] = 1
+        self._publish(load)
         ended = [booking for booking in load.bookings.values() if booking.is_ended_by(report)]
         for booking in ended:
             self._end(booking, now=now)
@@ -215,28 +223,16 @@ class LoadTable:
     def estimate(self, worker: WorkerRank) -> RouterLoad:
         """Return the load of a rank as this router knows it, nothing for one it does not follow. O(1)."""
         load = self._ranks.get(worker)
-        if load is None:
-            return RouterLoad()
-        others = load.others
-        return RouterLoad(
-            len(load.bookings) + others.active_requests,
-            load.prefill_tokens + others.prefill_tokens,
-            len(load.holders) + load.unhashed_blocks + others.decode_blocks,
-        )
+        return load.estimate if load is not None else RouterLoad()
 
     def active_prefix_blocks(self, worker: WorkerRank, block_hashes: Sequence[SequenceHash]) -> int:
         """Count the leading blocks of a chain that bookings hold on this rank. O(log blocks)."""
         load = self._ranks.get(worker)
-        if load is None or not block_hashes or block_hashes[0] not in load.holders:
-            return 0
-        active, absent = 1, len(block_hashes) + 1
-        while absent - active > 1:
-            middle = (active + absent) // 2
-            if block_hashes[middle - 1] in load.holders:
-                active = middle
-            else:
-                absent = middle
-        return active
+        return self._active.depth(load.row, _keys_to_read(block_hashes)) if load is not None else 0
+
+    def match_active(self, block_hashes: Sequence[SequenceHash]) -> Sequence[tuple[int, int]]:
+        """Return (rows as bits, leading blocks of a chain that bookings hold there), each row once, none at 0."""
+        return self._active.match_masks(_keys_to_read(block_hashes))
 
     def booking_count(self, worker: WorkerRank) -> int:
         """Count the bookings on a rank."""
@@ -255,7 +251,7 @@ class LoadTable:
             return float("inf")
         return now - (load.report.received_at if load.report is not None else load.since)
 
-    def _find(self, key: AttemptKey, *, now: float) -> _Booking | None:
+    def _find(self, key: AttemptKey, *, now: float) -> Booking | None:
         booking = self._bookings.get(key)
         if booking is None and not self._ended_lately(key, now=now):
             raise NotKnownError(Reason.NOT_FOUND, f"no reservation {key}")
@@ -265,26 +261,29 @@ class LoadTable:
         ended_at = self._released_at.get(key)
         return ended_at is not None and now - ended_at <= self._released_ttl_s
 
-    def _end(self, booking: _Booking, *, now: float) -> None:
+    def _end(self, booking: Booking, *, now: float) -> None:
         load = self._ranks[booking.worker]
         del load.bookings[booking.key]
-        holders = load.holders
-        for block_hash in booking.block_hashes:
-            count = holders[block_hash]
-            if count == 1:
-                del holders[block_hash]
-            else:
-                holders[block_hash] = count - 1
+        load.held_blocks -= self._active.remove(load.row, booking.keys)
         load.unhashed_blocks -= booking.unhashed_blocks
+        load.output_parts -= booking.output_parts
         load.prefill_tokens -= booking.prefill_tokens
+        self._publish(load)
         self._note_ended(booking.key, now=now)
 
-    def _end_all(self, load: _RankLoad, *, now: float) -> tuple[AttemptKey, ...]:
+    def _end_all(self, load: RankLoad, *, now: float) -> tuple[AttemptKey, ...]:
         """End the bookings of a rank that is going away: its sums go with it."""
-        ended = tuple(load.bookings)
-        for key in ended:
-            self._note_ended(key, now=now)
-        return ended
+        for booking in load.bookings.values():
+            self._active.remove(load.row, booking.keys)
+            self._note_ended(booking.key, now=now)
+        return tuple(load.bookings)
+
+    def _publish(self, load: RankLoad) -> None:
+        """Write the load of a rank where decisions read it."""
+        estimate, values = load.estimate, self.columns.values
+        values[REQUESTS, load.row] = estimate.active_requests
+        values[PREFILL_TOKENS, load.row] = estimate.prefill_tokens
+        values[BLOCKS, load.row] = estimate.decode_blocks
 
     def _note_ended(self, key: AttemptKey, *, now: float) -> None:
         del self._bookings[key]
@@ -299,3 +298,18 @@ class LoadTable:
             if is_known and len(self._released_at) <= self._max_released:
                 return
             del self._released_at[key]
+
+
+def _keys_of(blocks: Sequence[SequenceHash]) -> list[int]:
+    """Return the key of every block, each once: hashes that strangers made may repeat."""
+    if isinstance(blocks, PromptBlocks) and blocks.key_array is not None:
+        return blocks.keys
+    return list(dict.fromkeys(blocks))
+
+
+def _keys_to_read(blocks: Sequence[SequenceHash]) -> Sequence[int]:
+    """Return the same keys, none of them made before it is read."""
+    if not isinstance(blocks, PromptBlocks):
+        return blocks
+    view = blocks.key_view
+    return blocks.keys if view is None else view

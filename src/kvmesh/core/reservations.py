@@ -50,7 +50,8 @@ class Reservations:
         """Keep explanations of at most `max_explained` candidates in all; prompts count as candidates by size."""
         self._max_explained = max_explained
         self._answers: dict[AttemptKey, Reservation] = {}
-        self._explained: OrderedDict[AttemptKey, Selection] = OrderedDict()
+        self._explained: OrderedDict[AttemptKey, tuple[Selection, int]] = OrderedDict()
+        """Each with its size."""
         self._explained_candidates = 0
 
     def __len__(self) -> int:
@@ -66,14 +67,16 @@ class Reservations:
     def put(self, reservation: Reservation) -> None:
         """Keep an answer until `forget`, and its explanation while there is room."""
         selection = reservation.selection
-        slim = replace(selection, scores=(), candidates=(), excluded=())
-        self._answers[reservation.key] = replace(reservation, selection=slim)
+        self._answers[reservation.key] = Reservation(
+            reservation.key, reservation.reservation_id, selection.without_candidates()
+        )
         before = self._explained.pop(reservation.key, None)  # a key is free again long after its booking ended
-        self._explained_candidates += _size(selection) - (_size(before) if before is not None else 0)
-        self._explained[reservation.key] = selection
+        size = _size(selection)
+        self._explained_candidates += size - (before[1] if before is not None else 0)
+        self._explained[reservation.key] = (selection, size)
         while self._explained_candidates > self._max_explained:
-            _, oldest = self._explained.popitem(last=False)
-            self._explained_candidates -= _size(oldest)
+            _, (_, oldest_size) = self._explained.popitem(last=False)
+            self._explained_candidates -= oldest_size
 
     def forget(self, keys: Iterable[AttemptKey]) -> None:
         """Drop the answers of bookings that ended; explanations stay while there is room."""
@@ -82,10 +85,10 @@ class Reservations:
 
     def explain(self, key: AttemptKey) -> Selection:
         """Return the full selection behind a lately booked answer. Raises: NotKnownError(NOT_FOUND)."""
-        selection = self._explained.get(key)
-        if selection is None:
+        kept = self._explained.get(key)
+        if kept is None:
             raise NotKnownError(Reason.NOT_FOUND, f"no explanation of {key} is kept")
-        return selection
+        return kept[0]
 
 
 def _size(selection: Selection) -> int:

@@ -7,27 +7,35 @@ Laws:
 """
 
 import random
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import assert_never
 
-from kvmesh.core.candidates import Candidate, RoutingQuery, Selection
+from kvmesh.core.approximate_index import ApproximateIndex
+from kvmesh.core.candidate_columns import CandidateColumns, ScoreColumns
+from kvmesh.core.candidates import RoutingQuery, Selection
 from kvmesh.core.eligibility import OverloadRules, filter_candidates
 from kvmesh.core.ids import AttemptKey, Epoch, RouterId, WorkerId, WorkerRank
+from kvmesh.core.index_port import CacheIndex, IndexMode, LearnsRoutes, NoIndex
+from kvmesh.core.late_random import LateRandom
 from kvmesh.core.load_report import LoadReport, ReportResult
 from kvmesh.core.load_table import LoadTable
 from kvmesh.core.policies.kv_aware import KvAware
 from kvmesh.core.policies.policy import ForgetsWorkers, LearnsBookings, Policy, name_of
+from kvmesh.core.policy_costs import fault_of_costs
 from kvmesh.core.prefix_index import PrefixIndex
 from kvmesh.core.remote_prefill import RemotePrefillDecision, RemotePrefillRules, decide
 from kvmesh.core.reservations import Reservation, Reservations
 from kvmesh.core.roster import RosterOutcome, WorkerRecord, WorkerRole
+from kvmesh.core.sessions import Sessions
+from kvmesh.core.stage_times import StageTimes
 from kvmesh.core.worker_states import WorkerStates
 from kvmesh.core.worker_views import WorkerChange
 
 _SEED_BITS = 64
-_Session = tuple[WorkerRole, str, str]
-"""Role, model and session_id: one session may use several."""
+
+OnFault = Callable[[str, str, BaseException | None], None]
+"""Hears which method of a policy failed, what happened, and what it raised, None = it answered what is of no use."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +46,10 @@ class RoutingRules:
     remote_prefill: RemotePrefillRules | None = None
     """By which a booking's prefill is estimated to run elsewhere; None = it always runs where it is booked."""
     stale_after_s: float = 3.0
+    index_mode: IndexMode = IndexMode.EVENTS
+    """Which kind of index is made where none is given."""
+    session_ttl_s: float = 600.0
+    """A session is bound to its worker for so long after its last booking."""
     max_sessions: int = 10_000
     """Sessions remembered; the least recently booked is forgotten first."""
     max_explained: int = 20_000
@@ -55,22 +67,34 @@ class RoutingCore(WorkerStates):
         rng: random.Random,
         rules: RoutingRules | None = None,
         loads: LoadTable | None = None,
-        index: PrefixIndex | None = None,
+        index: CacheIndex | None = None,
+        timer: Callable[[], float] | None = None,
+        observe_stages: Callable[[str, float], None] | None = None,
+        on_fault: OnFault | None = None,
     ) -> None:
-        """Start with no workers; `rng`, `loads` and `index` are this object's from now on."""
+        """Start with no workers; `rng`, `loads` and `index` are this object's from now on.
+
+        With a `timer`, in seconds, each decision tells `observe_stages` its stages: match, load, select, and total.
+        `on_fault` hears when the policy fails to select, or to learn what was booked.
+        """
+        self._on_fault = on_fault
         self._rules = rules or RoutingRules()
+        self._stages = StageTimes(timer, observe_stages)
         super().__init__(
             loads=loads if loads is not None else LoadTable(router_id),
-            index=index if index is not None else PrefixIndex(),
+            index=index if index is not None else _new_index(self._rules.index_mode),
             overload=self._rules.overload,
             stale_after_s=self._rules.stale_after_s,
+            stages=self._stages,
         )
-        self._policy = policy
+        self._policy, self._policy_name = policy, name_of(policy)
         self._learns = policy if isinstance(policy, LearnsBookings) else None
         self._forgets = policy if isinstance(policy, ForgetsWorkers) else None
+        self._routes = self._index if isinstance(self._index, LearnsRoutes) else None
         self._rng = rng
+        self._policy_rng = LateRandom()
         self._reservations = Reservations(max_explained=self._rules.max_explained)
-        self._sessions: OrderedDict[_Session, WorkerRank] = OrderedDict()
+        self._sessions = Sessions(ttl_s=self._rules.session_ttl_s, max_sessions=self._rules.max_sessions)
 
     def put_worker(self, record: WorkerRecord, *, now: float) -> WorkerChange:
         """Take a worker's record in; a higher epoch voids what is known of the one before, a lower one is ignored."""
@@ -94,26 +118,36 @@ class RoutingCore(WorkerStates):
             TryElsewhereError: NO_WORKERS, or NO_MATCHING_WORKER naming the hint that excludes all.
             BackOffError: OVERLOADED if all that match are saturated; a pinned worker is never rerouted.
         """
-        everyone = self.field(query, now=now)
-        session = _session_of(query)
-        eligible = filter_candidates(
-            query, everyone.candidates, session_worker=self._sessions.get(session) if session is not None else None
-        )
+        self._stages.begin()
+        field = self._fields.field(query, now=now)
+        eligible = filter_candidates(query, field, session_worker=self._sessions.worker_of(query, now=now))
         seed = self._rng.getrandbits(_SEED_BITS)
-        selection = self._ask_policy(query, eligible.candidates, seed=seed)
-        chosen = next(candidate for candidate in eligible.candidates if candidate.worker == selection.worker)
-        return replace(
-            selection,
+        answer, index, cost = self._ask_policy(query, eligible.candidates, seed=seed)
+        position = eligible.candidates.position(index)
+        record = field.lineup.records[position]
+        overlap_blocks = int(field.overlap_blocks[position])
+        selection = Selection(
+            worker=answer.worker,
+            policy=answer.policy,
+            scores=answer.scores,
+            knobs=answer.knobs,
+            note=answer.note,
             query=query,
-            epoch=chosen.epoch,
-            overlap_blocks=chosen.overlap_blocks,
-            cost=_cost_of(chosen.worker, selection),
+            epoch=record.epoch,
+            overlap_blocks=overlap_blocks,
+            cost=cost,
             candidates=eligible.candidates,
             excluded=eligible.excluded,
             seed=seed,
-            is_staleness_ignored=everyone.is_staleness_ignored,
-            remote_prefill=self._estimate_remote_prefill(query, chosen),
+            is_staleness_ignored=field.is_staleness_ignored,
+            fallback=answer.fallback,
+            remote_prefill=self._estimate_remote_prefill(
+                query, cached_tokens=overlap_blocks * record.block_size, block_size=record.block_size
+            ),
         )
+        self._stages.end("select")
+        self._stages.end_all()
+        return selection
 
     def reserve(self, key: AttemptKey, query: RoutingQuery, *, now: float) -> Reservation:
         """Choose a worker and book the request on it; the same again gives the same answer.
@@ -126,23 +160,26 @@ class RoutingCore(WorkerStates):
             return held
         self._loads.require_unused(key, now=now)
         selection = self.select(query, now=now)
-        chosen = next(candidate for candidate in selection.candidates if candidate.worker == selection.worker)
+        record = self._roster.get(selection.worker.worker_id)
+        assert record is not None, "who was chosen is alive"
+        size = record.block_size
+        block_hashes = query.block_hashes.get(size, ())
         is_remote = selection.remote_prefill is not None and selection.remote_prefill.is_remote
-        block_hashes = query.block_hashes.get(chosen.block_size, ())
         reservation_id = self._loads.reserve(
             key,
-            chosen.worker,
+            selection.worker,
             block_hashes=block_hashes,
-            unhashed_blocks=max(query.prompt_tokens // chosen.block_size - len(block_hashes), 0),
-            prefill_tokens=0 if is_remote else chosen.uncached_tokens(query.prompt_tokens),
+            unhashed_blocks=max(query.prompt_tokens // size - len(block_hashes), 0),
+            prefill_tokens=0 if is_remote else max(query.prompt_tokens - selection.overlap_blocks * size, 0),
+            expected_output_blocks=query.expected_output_tokens / size if query.expected_output_tokens else None,
             now=now,
         )
-        session = _session_of(query)
-        if session is not None:
-            self._note_session(session, chosen.worker)
-        fault = self._tell_booked(query, chosen.worker)
+        self._sessions.note(query, selection.worker, now=now)
+        if self._routes is not None:
+            self._routes.record(selection.worker, block_hashes, now)
+        fault = self._tell_booked(query, selection.worker)
         if fault:
-            selection = replace(selection, note=f"{selection.note}; {fault}")
+            selection = replace(selection, note="; ".join(filter(None, (selection.note, fault))))
         reservation = Reservation(key, reservation_id, selection)
         self._reservations.put(reservation)
         return reservation
@@ -173,7 +210,12 @@ class RoutingCore(WorkerStates):
         return was_booked
 
     def expire(self, *, now: float) -> tuple[AttemptKey, ...]:
-        """End the bookings that no report showed in time, and return them; call it about once a second."""
+        """End the bookings that no report showed in time, and return them; call it about once a second.
+
+        An index of what was routed forgets what is too old, too.
+        """
+        if self._routes is not None:
+            self._routes.expire(now)
         expired = self._loads.expire(now=now)
         self._reservations.forget(expired)
         return expired
@@ -182,50 +224,67 @@ class RoutingCore(WorkerStates):
         """Return the full selection behind a lately booked reservation. Raises: NotKnownError(NOT_FOUND)."""
         return self._reservations.explain(key)
 
-    def _ask_policy(self, query: RoutingQuery, candidates: Sequence[Candidate], *, seed: int) -> Selection:
-        name = name_of(self._policy)
+    def _ask_policy(
+        self, query: RoutingQuery, candidates: CandidateColumns, *, seed: int
+    ) -> tuple[Selection, int, float | None]:
+        """Return what the policy says, which candidate that is, and what it says that it costs.
+
+        Its draws are those of `random.Random(seed)`. If its word is of no use, that of the least cost counts.
+        """
+        name = self._policy_name
+        self._policy_rng.seed_late(seed)
         try:
-            answer = self._policy.select(query, candidates, random.Random(seed))
+            answer = self._policy.select(query, candidates, self._policy_rng)
             selection = answer if isinstance(answer, Selection) else Selection(worker=answer, policy=name)
-            _cost_of(selection.worker, selection)  # its scores can be read
-        except Exception as error:  # a policy is anybody's code
-            return self._fall_back(query, candidates, seed=seed, why=f"{name} raised {error!r}")
-        worker = selection.worker
-        if not any(candidate.worker == worker for candidate in candidates):
-            return self._fall_back(query, candidates, seed=seed, why=f"{name} named {worker!r}, which is no candidate")
-        return selection
+            index = candidates.index_of(selection.worker)
+            cost, fault = _cost_of(selection, candidates, index), fault_of_costs(selection)
+        except (Exception, SystemExit) as error:  # a policy is anybody's code
+            return self._fall_back(query, candidates, seed=seed, why=f"{name} raised {error!r}", error=error)
+        if index is None or fault:
+            fault = fault or f"named {selection.worker!r}, which is no candidate"
+            return self._fall_back(query, candidates, seed=seed, why=f"{name} {fault}")
+        return selection, index, cost
 
-    def _fall_back(self, query: RoutingQuery, candidates: Sequence[Candidate], *, seed: int, why: str) -> Selection:
-        return replace(KvAware().select(query, candidates, random.Random(seed)), fallback=why)
+    def _fall_back(
+        self,
+        query: RoutingQuery,
+        candidates: CandidateColumns,
+        *,
+        seed: int,
+        why: str,
+        error: BaseException | None = None,
+    ) -> tuple[Selection, int, float | None]:
+        if self._on_fault is not None:
+            self._on_fault("select", why, error)
+        selection = KvAware().select(query, candidates, random.Random(seed))
+        index = candidates.index_of(selection.worker)
+        assert index is not None, "it was chosen from them"
+        return replace(selection, fallback=why), index, _cost_of(selection, candidates, index)
 
-    def _estimate_remote_prefill(self, query: RoutingQuery, chosen: Candidate) -> RemotePrefillDecision | None:
+    def _estimate_remote_prefill(
+        self, query: RoutingQuery, *, cached_tokens: int, block_size: int
+    ) -> RemotePrefillDecision | None:
         """Apply the worker's own rule as far as a router can: the queue's depth is not known here."""
         if self._rules.remote_prefill is None or query.role is not WorkerRole.DECODE:
             return None
-        prefill_workers = self._roster.of(WorkerRole.PREFILL, query.model)
         return decide(
             self._rules.remote_prefill,
             prompt_tokens=query.prompt_tokens,
-            cached_tokens=chosen.overlap_blocks * chosen.block_size,
+            cached_tokens=cached_tokens,
             queue_depth=0,
-            capable_workers=sum(
-                not record.draining and record.block_size == chosen.block_size for record in prefill_workers
-            ),
+            capable_workers=self._fields.count_open_workers(WorkerRole.PREFILL, query.model, block_size=block_size),
         )
-
-    def _note_session(self, session: _Session, worker: WorkerRank) -> None:
-        self._sessions[session] = worker
-        self._sessions.move_to_end(session)
-        if len(self._sessions) > self._rules.max_sessions:
-            self._sessions.popitem(last=False)
 
     def _tell_booked(self, query: RoutingQuery, worker: WorkerRank) -> str:
         if self._learns is None:
             return ""
         try:
             self._learns.booked(query, worker)
-        except Exception as error:  # a policy is anybody's code
-            return f"booked raised {error!r}"
+        except (Exception, SystemExit) as error:  # a policy is anybody's code
+            fault = f"booked raised {error!r}"
+            if self._on_fault is not None:
+                self._on_fault("booked", fault, error)
+            return fault
         return ""
 
     def _after(self, change: WorkerChange, worker_id: WorkerId) -> WorkerChange:
@@ -235,15 +294,25 @@ class RoutingCore(WorkerStates):
             return change
         try:
             self._forgets.forget_worker(worker_id)
-        except Exception as error:  # a policy is anybody's code
+        except (Exception, SystemExit) as error:  # a policy is anybody's code
             return replace(change, policy_fault=f"forget_worker raised {error!r}")
         return change
 
 
-def _session_of(query: RoutingQuery) -> _Session | None:
-    session_id = query.hints.session_id
-    return None if session_id is None else (query.role, query.model, session_id)
+def _new_index(mode: IndexMode) -> CacheIndex:
+    match mode:
+        case IndexMode.EVENTS:
+            return PrefixIndex()
+        case IndexMode.APPROXIMATE:
+            return ApproximateIndex()
+        case IndexMode.OFF:
+            return NoIndex()
+    assert_never(mode)
 
 
-def _cost_of(worker: WorkerRank, selection: Selection) -> float | None:
-    return next((scored.cost for scored in selection.scores if scored.worker == worker), None)
+def _cost_of(answer: Selection, candidates: CandidateColumns, index: int | None) -> float | None:
+    """Return what the policy says that its choice, the candidate at an index, costs."""
+    scores = answer.scores
+    if isinstance(scores, ScoreColumns) and scores.candidates is candidates and index is not None:
+        return float(scores.costs[index])
+    return next((scored.cost for scored in scores if scored.worker == answer.worker), None)

@@ -13,11 +13,11 @@ class Waits:
     route_s: float = 2.0
     """No eligible worker yet -> NO_WORKERS."""
     router_s: float = 0.2
-    """Router unreachable -> round robin over discovery, unbooked."""
+    """Router unreachable, or slow and silent for as long again -> round robin over discovery, unbooked."""
     connect_s: float = 2.0
     """Connect to a worker -> the next worker."""
     prefill_s: float = 5.0
-    """Queue unreachable, or waiting for a prefill -> local prefill; also at most a quarter of what remains."""
+    """Queue unreachable, or nobody leases the task -> local prefill; also at most a quarter of what remains."""
     kv_transfer_s: float = 2.0
     """KV transfer, plus size / 100 MiB/s -> local prefill."""
     pin_s: float = 30.0

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-from kvmesh.core.candidates import Candidate
 from kvmesh.core.ids import AttemptKey, WorkerRank
 from kvmesh.core.load_report import LoadReport, RouterLoad
 from kvmesh.core.roster import RosterOutcome, WorkerRecord
@@ -50,11 +49,3 @@ class WorkerSnapshot:
     """Blocks of it in the index; too many if the index had to drop some, which it says in its own figures."""
     is_stale: bool
     is_index_degraded: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Field:
-    """Everyone who serves a query, eligible or not, by worker."""
-
-    candidates: tuple[Candidate, ...]
-    is_staleness_ignored: bool

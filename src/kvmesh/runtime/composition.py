@@ -2,12 +2,16 @@
 
 import socket
 from functools import cached_property
+from typing import assert_never
 
+from kvmesh.core.admission import AdmissionRules
+from kvmesh.core.approximate_index import ApproximateIndex
+from kvmesh.core.eligibility import OverloadRules
 from kvmesh.core.errors import FixRequestError, Reason
 from kvmesh.core.ids import WorkerId
+from kvmesh.core.index_port import CacheIndex, IndexMode, NoIndex
 from kvmesh.core.lease_limits import QueueLimits
-from kvmesh.core.policies.kv_aware import CostKnobs, KvAware
-from kvmesh.core.policies.policy import Policy, build_policy
+from kvmesh.core.prefix_index import PrefixIndex
 from kvmesh.core.remote_prefill import RemotePrefillRules
 from kvmesh.core.roster import WorkerRole
 from kvmesh.core.routing import RoutingRules
@@ -15,6 +19,7 @@ from kvmesh.discovery.discovery import Discovery
 from kvmesh.runtime.decode_work import decode_work
 from kvmesh.runtime.engine_registry import EnginePlan, plan_engine
 from kvmesh.runtime.gateway_role import Doors, GatewayRole
+from kvmesh.runtime.policy_loading import load_policy
 from kvmesh.runtime.prefill_work import PrefillWork
 from kvmesh.runtime.processor_role import ProcessorRole, Tokenizers
 from kvmesh.runtime.queue_role import QueueRole
@@ -23,6 +28,7 @@ from kvmesh.runtime.router_role import RouterPart, RouterPlan, RouterRole
 from kvmesh.runtime.settings import RouterSettings, Settings
 from kvmesh.runtime.transport_registry import open_transports
 from kvmesh.runtime.worker import Work, Worker, WorkerParts
+from kvmesh.services.decision_log import DecisionLog
 from kvmesh.transports.memory import MemoryNetwork
 
 
@@ -46,6 +52,7 @@ class Composition:
         self._discovery = discovery
         self._network = network
         self._given_plan = plan
+        self._checked_plan: RouterPlan | None = None
 
     @cached_property
     def plan(self) -> EnginePlan:
@@ -54,7 +61,8 @@ class Composition:
 
     def check(self) -> None:
         """Check what the settings name, before anything starts. Raises: FixRequestError(INVALID_FIELD)."""
-        self.router_plan()
+        self.plan.check(decode_workers=self._settings.mesh.decode)
+        self._checked_plan = self.router_plan()
 
     def worker(self, role: WorkerRole, *, node: str, index: int, listen: Listen) -> Worker:
         """Make a decode or a prefill worker."""
@@ -62,13 +70,14 @@ class Composition:
             network=self._network,
             host=listen.host if self._network is None else None,
             advertised_host=listen.advertise or None,
+            kinds=self._settings.process.transports,
         )
         return Worker(
             worker_id=WorkerId(f"{node}/{role.value}/{index}"),
             role=role,
             models=(self.plan.model_name,),
             namespace=self._settings.namespace,
-            engine=self.plan.build(node, allocate=memory.allocate),
+            engine=self.plan.build(node, index=index, allocate=memory.allocate),
             transports=memory.transports,
             discovery=self._discovery,
             waits=self._settings.waits,
@@ -133,13 +142,25 @@ class Composition:
         )
 
     def router_plan(self) -> RouterPlan:
-        """Return how the router chooses. Raises: FixRequestError(INVALID_FIELD) naming the setting."""
+        """Return how one router chooses, its policy new. Raises: FixRequestError(INVALID_FIELD) naming the setting."""
+        if self._checked_plan is not None:  # a policy may be anybody's: it is not made once more for nothing
+            plan, self._checked_plan = self._checked_plan, None
+            return plan
         router = self._settings.router
         return RouterPlan(
-            policy=_policy(router),
-            rules=RoutingRules(remote_prefill=self._remote_prefill_rules, stale_after_s=router.stale_after_s),
+            policy=load_policy(router),
+            rules=RoutingRules(
+                overload=_overload_rules(router),
+                remote_prefill=self._remote_prefill_rules,
+                stale_after_s=router.stale_after_s,
+                session_ttl_s=router.session_ttl_s,
+                index_mode=router.index,
+            ),
             reservation_ttl_s=router.reservation_ttl_s,
             route_wait_s=self._settings.waits.route_s,
+            admission=_admission_rules(router),
+            index=_index(router),
+            decision_log=_decision_log(router),
             seed=router.seed,
         )
 
@@ -185,16 +206,43 @@ def node_name(settings: Settings) -> str:
     return settings.process.node or socket.gethostname()
 
 
-def _policy(settings: RouterSettings) -> Policy:
-    if settings.policy == KvAware.name:
-        knobs = CostKnobs(
-            overlap_credit=settings.overlap_credit,
-            prefill_scale=settings.prefill_scale,
-            request_weight=settings.request_weight,
-            temperature=settings.temperature,
-        )
-        return KvAware(knobs)
-    return build_policy(settings.policy)
+def _overload_rules(settings: RouterSettings) -> OverloadRules:
+    return OverloadRules(
+        max_block_usage=settings.max_block_usage,
+        max_prefill_tokens=settings.max_prefill_tokens,
+        max_requests_per_slot=settings.max_requests_per_slot,
+        max_waiting_requests=settings.max_waiting_requests,
+    )
+
+
+def _admission_rules(settings: RouterSettings) -> AdmissionRules:
+    return AdmissionRules(
+        wait_s=settings.admission_wait_s,
+        order=settings.admission_order,
+        max_waiting=settings.admission_max_waiting,
+        ageing_s=settings.admission_ageing_s,
+    )
+
+
+def _index(settings: RouterSettings) -> CacheIndex:
+    match settings.index:
+        case IndexMode.EVENTS:
+            return PrefixIndex(max_pairs=settings.index_max_pairs)
+        case IndexMode.APPROXIMATE:
+            return ApproximateIndex(ttl_s=settings.approximate_ttl_s, max_pairs=settings.index_max_pairs)
+        case IndexMode.OFF:
+            return NoIndex()
+    assert_never(settings.index)
+
+
+def _decision_log(settings: RouterSettings) -> DecisionLog | None:
+    if settings.decision_log is None:
+        return None
+    return DecisionLog(
+        settings.decision_log,
+        max_bytes=int(settings.decision_log_max_mb * 1e6),
+        policy_settings=settings.of_the_policy(),
+    )
 
 
 def _queue_limits(settings: Settings) -> QueueLimits:

@@ -158,7 +158,7 @@ class _Call:
         self._duration = telemetry.RPC_DURATION.labels(self._service, self._method)
 
     async def unary(self, request: bytes, context: Any) -> bytes:
-        async with self._frame(context) as inner:
+        async with self._frame(context, is_unary=True) as inner:
             return self._serialize(await self._behaviour(self._parsed(request), inner))
 
     async def gather(self, requests: AsyncIterator[Any], context: Any) -> bytes:
@@ -185,16 +185,21 @@ class _Call:
             raise FixRequestError(Reason.INVALID_FIELD, f"the request does not parse as {self._path} wants it") from exc
 
     @asynccontextmanager
-    async def _frame(self, context: Any) -> AsyncIterator[Any]:
+    async def _frame(self, context: Any, *, is_unary: bool = False) -> AsyncIterator[Any]:
+        """Surround a call. A stream's id goes ahead of it; a single answer's goes with it, which costs no turn."""
         named = _named_request_id(context)
         request_id = named or str(uuid_utils.uuid7())
         structlog.contextvars.bind_contextvars(request_id=request_id, method=self._path, peer=context.peer())
+        own = ((REQUEST_ID_KEY, request_id),)
         self._started.inc()
         began = time.perf_counter()
         code = grpc.StatusCode.OK
         try:
             self._owner.enter(self._service)
-            await context.send_initial_metadata(((REQUEST_ID_KEY, request_id),))
+            if is_unary:
+                context.set_trailing_metadata(own)
+            else:
+                await context.send_initial_metadata(own)
             yield _Context(context, request_id=None if named else request_id)
         except asyncio.CancelledError as exc:
             error = self._cause_of_cancel(exc)
@@ -202,7 +207,7 @@ class _Call:
                 code = _code_of_departure(context)
                 raise
             code = error_catalog.CATALOG[error.reason].code
-            await _abort(context, error)
+            await _abort(context, error, own if is_unary else ())
         except grpc.aio.AbortError:
             code = context.code()
             raise
@@ -212,7 +217,7 @@ class _Call:
         except Exception as exc:
             error = _mesh_error(exc)
             code = error_catalog.CATALOG[error.reason].code
-            await _abort(context, error)
+            await _abort(context, error, own if is_unary else ())
         finally:
             self._duration.observe(time.perf_counter() - began)
             telemetry.RPC_FINISHED.labels(self._service, self._method, code.name).inc()
@@ -254,11 +259,12 @@ class _Context:
             await self._context.send_initial_metadata(initial_metadata)
 
 
-async def _abort(context: Any, error: MeshError) -> None:
+async def _abort(context: Any, error: MeshError, metadata: tuple[tuple[str, str], ...] = ()) -> None:
     """End the call. The status waits in gRPC behind what the client has not read yet; the handler does not."""
+    status = rpc_status.to_status(error_catalog.to_status(error))
     try:
         async with asyncio.timeout(_FAREWELL_S):
-            await context.abort_with_status(rpc_status.to_status(error_catalog.to_status(error)))
+            await context.abort(status.code, status.details, (*status.trailing_metadata, *metadata))
     except (TimeoutError, grpc.aio.InternalError) as exc:  # nothing is read, or the client has gone meanwhile
         raise asyncio.CancelledError from exc  # the end that gRPC takes quietly
 

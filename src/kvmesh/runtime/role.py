@@ -1,6 +1,6 @@
 """What every role of the mesh has in common: it starts, listens, is found, and stops."""
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -64,12 +64,21 @@ class Role(Protocol):
 class Announcement:
     """The record in discovery of a role that is no worker."""
 
-    def __init__(self, worker_id: WorkerId, role: WorkerRole, *, namespace: str, discovery: Discovery) -> None:
+    def __init__(
+        self,
+        worker_id: WorkerId,
+        role: WorkerRole,
+        *,
+        namespace: str,
+        discovery: Discovery,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
         """Prepare it; nothing is announced before `announce`."""
         self.identity = WorkerIdentity(worker_id, new_epoch())
         self._role = role
         self._namespace = namespace
         self._discovery = discovery
+        self._metadata = metadata or {}
         self._registration: Registration | None = None
 
     async def announce(self, address: str) -> None:
@@ -84,6 +93,7 @@ class Announcement:
                 namespace=self._namespace,
                 block_size=_NO_BLOCKS,
                 address=address,
+                metadata=self._metadata,
             )
         )
 

@@ -4,14 +4,18 @@ import random
 import secrets
 from dataclasses import dataclass
 
+from kvmesh.core.admission import AdmissionRules
 from kvmesh.core.ids import RouterId, WorkerId
+from kvmesh.core.index_port import CacheIndex
 from kvmesh.core.policies.policy import Policy
 from kvmesh.core.roster import WorkerRole
 from kvmesh.core.routing import RoutingRules
 from kvmesh.discovery.discovery import Discovery
 from kvmesh.runtime.role import Announcement, Listen, Service, stop_all
 from kvmesh.runtime.server import GrpcServer
+from kvmesh.services.decision_log import DecisionLog
 from kvmesh.services.local_router import LocalRouter
+from kvmesh.services.remote_router import ADMISSION_WAIT
 from kvmesh.services.router import Router
 from kvmesh.v1 import router_pb2, router_pb2_grpc
 
@@ -27,6 +31,12 @@ class RouterPlan:
     reservation_ttl_s: float
     route_wait_s: float
     """How long Reserve waits for a worker where there is none."""
+    admission: AdmissionRules
+    """How long it waits for one with room where all are overloaded."""
+    index: CacheIndex
+    """Of the kind that the rules name."""
+    decision_log: DecisionLog | None
+    """Where its decisions are written; None = nowhere."""
     seed: int | None
     """Makes the picks repeatable; None = drawn at the start."""
 
@@ -44,6 +54,9 @@ class RouterPart:
             rng=random.Random(plan.seed),
             rules=plan.rules,
             reservation_ttl_s=plan.reservation_ttl_s,
+            admission=plan.admission,
+            index=plan.index,
+            decision_log=plan.decision_log,
         )
         self._servicer = Router(self.router, route_wait_s=plan.route_wait_s)
 
@@ -76,7 +89,13 @@ class RouterRole:
         self, plan: RouterPlan, *, worker_id: WorkerId, namespace: str, discovery: Discovery, listen: Listen
     ) -> None:
         """Serve from `start` on."""
-        self._announcement = Announcement(worker_id, WorkerRole.ROUTER, namespace=namespace, discovery=discovery)
+        self._announcement = Announcement(
+            worker_id,
+            WorkerRole.ROUTER,
+            namespace=namespace,
+            discovery=discovery,
+            metadata={ADMISSION_WAIT: repr(plan.admission.wait_s)},
+        )
         self._part = RouterPart(plan, namespace=namespace, discovery=discovery)
         self._listen = listen
         self._server = GrpcServer()

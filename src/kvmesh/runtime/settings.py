@@ -1,7 +1,8 @@
 """The one settings tree, and `load_settings`, which fills it: defaults < file < `KVMESH_*` env < flags.
 
 `Settings(...)` itself reads nothing but its arguments, so that a test or an embedding program gets what it wrote.
-Every key is two levels deep (`section.name`), except `insecure` and the entries of `engine.options`.
+Every key is two levels deep (`section.name`), except `insecure` and the entries of `engine.options`
+and `router.policy_options`.
 """
 
 import ipaddress
@@ -9,24 +10,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from kvmesh.core.waits import Waits
+from kvmesh.runtime.router_settings import RouterSettings
+from kvmesh.runtime.settings_section import Port, Section, scalars_as_text
 from kvmesh.runtime.settings_sources import LoadedSettings, SettingsError, load_tree
 
-__all__ = ["LoadedSettings", "Settings", "SettingsError", "load_settings"]
-
-Seconds = Annotated[float, Field(gt=0, le=86_400)]
-Port = Annotated[int, Field(ge=0, le=65_535)]
-Weight = Annotated[float, Field(ge=0, le=1_000_000)]
-
-
-class Section(BaseModel):
-    """A group of settings: frozen, and closed to unknown keys."""
-
-    # No protected namespaces: `model_name` is a word of ours.
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+__all__ = ["LoadedSettings", "RouterSettings", "Settings", "SettingsError", "load_settings"]
 
 
 class MeshSettings(Section):
@@ -42,7 +34,7 @@ class MeshSettings(Section):
     """Where the processor runs: inside the frontend's process, or in a process of its own."""
     processes: bool = False
     """True: `up` runs every role in a process of its own, and brings back those that die."""
-    node_names: Annotated[list[str], NoDecode] = []
+    node_names: Annotated[list[str], NoDecode] = Field(default_factory=list)
     """Names that the workers take round robin, decode workers first; empty = NODE1, NODE2, ..., one per worker."""
 
     @field_validator("node_names", mode="before")
@@ -68,7 +60,7 @@ class EngineSettings(Section):
 
     name: str = Field(default="echo", min_length=1)
     """Name of the engine, as the composition root registers it, e.g. "echo" or "simulated"."""
-    options: dict[str, str] = {}
+    options: dict[str, str] = Field(default_factory=dict)
     """The engine's own options; it checks them itself."""
     speedup: float | None = Field(default=None, ge=0, le=1_000_000)
     """Divides the modelled time of a simulated engine; 0 = as fast as it can; None = the engine's default."""
@@ -80,30 +72,7 @@ class EngineSettings(Section):
     @field_validator("options", mode="before")
     @classmethod
     def _write_scalars_as_text(cls, value: object) -> object:
-        if not isinstance(value, Mapping):
-            return value
-        return {key: _option_text(item) for key, item in value.items()}
-
-
-class RouterSettings(Section):
-    """How the router chooses and books."""
-
-    policy: str = Field(default="kv_aware", min_length=1)
-    """Name of the routing policy."""
-    overlap_credit: Weight = 1.0
-    """Blocks of prefill that one overlapping block saves."""
-    prefill_scale: Weight = 1.0
-    """Weight of prefill blocks against decode blocks."""
-    request_weight: Weight = 0.0
-    """Blocks that one active request weighs."""
-    temperature: float = Field(default=0.0, ge=0, le=1_000)
-    """0 = the lowest cost wins; above 0 = softmax over the range-normalised costs."""
-    stale_after_s: Seconds = 3.0
-    """Age of a worker's last load report from which on it counts as saturated."""
-    reservation_ttl_s: Seconds = 30.0
-    """How long a reservation lives that no report shows."""
-    seed: int | None = Field(default=None, ge=0, lt=2**64)
-    """Makes the picks repeatable; None = drawn at the start."""
+        return scalars_as_text(value)
 
 
 class QueueSettings(Section):
@@ -194,8 +163,19 @@ class ProcessSettings(Section):
     """The node's name in the ids of what runs here; "" = the host's name."""
     index: int = Field(default=0, ge=0, le=1_000_000)
     """Number among those of the same role on the same node."""
+    transports: Annotated[tuple[Literal["nixl", "shared_memory", "tcp"], ...], NoDecode, Field(min_length=1)] = (
+        "shared_memory",
+        "tcp",
+    )
+    """By what workers move KV between processes, best first; what this host cannot run is left out. `nixl` beside
+    `shared_memory` takes its place, because their pools differ."""
     metrics_port: Port = 0
     """Port of /metrics, for every role but the frontend, which has it at its HTTP door; 0 = any free one."""
+
+    @field_validator("transports", mode="before")
+    @classmethod
+    def _split_transports_at_commas(cls, value: object) -> object:
+        return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
 
     @field_validator("node")
     @classmethod
@@ -296,10 +276,3 @@ def load_settings(
     Raises: SettingsError whose text names every wrong setting, its source and the fix.
     """
     return load_tree(Settings, config_file=config_file, overrides=overrides or {})
-
-
-def _option_text(value: object) -> object:
-    """Files write `blocks = 64` and `fast = true`: options are text, so scalars become what a flag would say."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return str(value) if isinstance(value, int | float) else value

@@ -116,6 +116,8 @@ class Worker:
         self._discovery = discovery
         self._waits = waits
         self._is_draining = False
+        self._out_of_service = ""
+        """Why the engine takes nothing, as it was last told."""
         self._registration: Registration | None = None
         self._tasks = OwnedTasks()
         info = engine.info
@@ -286,17 +288,36 @@ class Worker:
             max_requests=info.max_sequences,
             accepts=frozenset(form.value for form in info.accepts),
             address=self.identity.address,
-            metadata={"engine": info.name, "max_context_tokens": str(info.max_context_tokens)},
+            metadata={
+                "engine": info.name,
+                "max_context_tokens": str(info.max_context_tokens),
+                **self._parts.transports.metadata,
+            },
         )
         return replace(record, draining=True) if self._is_draining else record
 
     def _load_view(self, router_id: str) -> LoadView:
         return LoadView(
-            draining=self._is_draining,
+            draining=self._is_draining or bool(self._parts.driver.load.out_of_service),
             ranks=(RankView(load=self._parts.driver.load, shares=self._work.shares()),),
             reservation_ids=self._work.reservation_ids(router_id),
         )
 
     def _on_turn(self, kv_events: Sequence[Any]) -> None:
+        if self._parts.driver.load.out_of_service != self._out_of_service:
+            self._service_changed()
         self._parts.events.publish_kv(kv_events)
         self._parts.events.load_changed()
+
+    def _service_changed(self) -> None:
+        """Say once that the engine takes nothing, or again does; the loads say it to routers."""
+        before, now = self._out_of_service, self._parts.driver.load.out_of_service
+        self._out_of_service = now
+        if bool(before) == bool(now):
+            return
+        for service in self._work.services():
+            self._server.health.set_serving(service.descriptor.full_name, not now)
+        if now:
+            log.warning("worker.out_of_service", worker_id=self.identity.worker_id, detail=now)
+        else:
+            log.info("worker.in_service", worker_id=self.identity.worker_id)

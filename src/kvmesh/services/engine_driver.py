@@ -86,6 +86,7 @@ class EngineDriver:
         self.crash: Exception | None = None
         """What ended the engine; None while it is well."""
         self._engine = engine
+        self._name = name
         self._on_turn = on_turn
         self._on_crash = on_crash
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"engine-{name}")
@@ -290,6 +291,8 @@ class EngineDriver:
             return
         if output.finish is not None or output.error is not None:
             del self._listeners[output.key]
+        if output.error is not None:
+            log.warning("request.failed", worker_id=self._name, request_id=output.key.request_id, detail=output.error)
         listener.output(output)
 
     def _lose_all(self, because: str) -> None:

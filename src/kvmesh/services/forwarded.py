@@ -10,8 +10,9 @@ from typing import Any
 import grpc
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message_factory import GetMessageClass
+from grpc_status import rpc_status
 
-from kvmesh.core.errors import NotServedError, Reason, TryElsewhereError
+from kvmesh.core.errors import MeshError, NotServedError, Reason, TryElsewhereError
 from kvmesh.services.channels import Channels
 from kvmesh.wire.error_catalog import from_rpc_error
 
@@ -41,7 +42,7 @@ class ForwardedService:
             try:
                 return await call(request, timeout=_timeout_s(context))
             except grpc.aio.AioRpcError as exc:
-                raise from_rpc_error(exc) from exc
+                raise _error_of(exc) from exc
 
         async def forward_stream(request: Any, context: Any) -> AsyncIterator[Any]:
             open_call = self._channel().unary_stream(path, type(request).SerializeToString, answer_type.FromString)
@@ -60,7 +61,7 @@ class ForwardedService:
     def _channel(self) -> grpc.aio.Channel:
         address = self._address()
         if address is None:
-            raise TryElsewhereError(Reason.NO_WORKERS, f"nobody serves {self._service.full_name} at the moment")
+            raise TryElsewhereError(Reason.WORKER_LOST, f"nobody serves {self._service.full_name} at the moment")
         return self._channels.get(address)
 
     async def _refuse(self, request: Any, context: Any) -> Any:
@@ -70,3 +71,10 @@ class ForwardedService:
 def _timeout_s(context: Any) -> float:
     remaining_s: float | None = context.time_remaining()
     return DEFAULT_TIMEOUT_S if remaining_s is None else remaining_s
+
+
+def _error_of(exc: grpc.aio.AioRpcError) -> MeshError:
+    """Return what the service said, or that it said nothing in time: a question is answered soon or not at all."""
+    if exc.code() is grpc.StatusCode.DEADLINE_EXCEEDED and rpc_status.from_call(exc) is None:
+        return TryElsewhereError(Reason.WORKER_LOST, exc.details() or "no answer")
+    return from_rpc_error(exc)

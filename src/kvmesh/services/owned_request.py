@@ -99,11 +99,14 @@ class OwnedRequest:
         if prepared.pin_id is not None:
             self.prefill_tokens = self.prompt_tokens - prepared.cached_tokens - prepared.remote_tokens
             self.engine_request = replace(self.engine_request, imported_tokens=prepared.remote_tokens)
+        if prepared.handoff is not None:
+            self.prefill_tokens = 0
+            self.engine_request = replace(self.engine_request, handoff=prepared.handoff)
 
     def output(self, output: Output) -> None:
         """Hear from the engine."""
         if output.error is not None:
-            self.owner.fail(self, MeshError(Reason.INTERNAL, output.error))
+            self.owner.fail(self, output.failure or MeshError(Reason.INTERNAL, output.error))
             return
         if output.prefill_done:
             self.prefill_tokens = 0
@@ -115,7 +118,10 @@ class OwnedRequest:
             self.generated += count
             self.sink.produced(output.token_ids, output.words)
         if output.finish is not None:
-            self.usage.completion_tokens = self.generated
+            self.usage.completion_tokens = output.completion_tokens or self.generated
+            if output.prompt_tokens:
+                self.usage.prompt_tokens = output.prompt_tokens
+                self.usage.cached_tokens = output.cached_tokens
             self.owner.finish(self, _FINISH[output.finish])
 
     def failed(self, error: MeshError) -> None:

@@ -25,7 +25,7 @@ class _Outcome:
         if output.finish is not None and not self.done.done():
             self.done.set_result(output)
         elif output.error is not None and not self.done.done():
-            self.done.set_exception(TryElsewhereError(Reason.PREFILL_FAILED, output.error))
+            self.done.set_exception(output.failure or TryElsewhereError(Reason.PREFILL_FAILED, output.error))
 
     def failed(self, error: MeshError) -> None:
         if not self.done.done():
@@ -109,6 +109,9 @@ class PrefillCompute:
         if info.layout is None or pin is None or not pin.block_ids:
             self._free(pin)
             result.handoff.CopyFrom(self._source.empty())
+            if output.handoff is not None:
+                result.handoff.engine_state = output.handoff.state
+                result.handoff.first_tokens.extend(output.handoff.first_tokens)
             return result
         if len(pin.block_ids) != last_block or task.first_block > last_block:
             self._free(pin)

@@ -31,6 +31,33 @@ log = telemetry.logger(__name__)
 Answer = asyncio.Future[prefill_queue_pb2.TaskCompleted]
 
 
+class Patience:
+    """How long a submitter waits: so long for a lease, anew when its task is queued again, and no longer than in all.
+
+    A lease lives while its holder extends it, so a task that is leased is being computed: a long prompt takes its time.
+    """
+
+    def __init__(self, *, lease_s: float, total_s: float) -> None:
+        """Begin to wait for a lease."""
+        now = asyncio.get_running_loop().time()
+        self._lease_s = lease_s
+        self.end = now + max(total_s, 0.0)
+        """When it ends at the latest."""
+        self.is_leased = False
+        self.due = min(now + lease_s, self.end)
+        """When the wait ends, on the loop's clock, as things stand."""
+
+    def leased(self) -> None:
+        """Wait on, as the task is being computed."""
+        self.is_leased, self.due = True, self.end
+
+    def queued(self) -> None:
+        """Wait for a lease again, if there was one."""
+        if self.is_leased:
+            self.is_leased = False
+            self.due = min(asyncio.get_running_loop().time() + self._lease_s, self.end)
+
+
 class PrefillSubmissions:
     """Every task of one decode worker."""
 
@@ -57,31 +84,47 @@ class PrefillSubmissions:
         address: str,
         task: prefill_queue_pb2.PrefillTask,
         *,
-        wait_s: float,
+        patience: Patience,
         on_position: Callable[[int | None], None],
     ) -> prefill_queue_pb2.TaskCompleted:
         """Submit to the queue at `address` and wait for the result, whose handoff is the caller's from then on.
 
         `on_position` hears how many tasks are before this one, None once it is leased; what it raises ends the wait.
 
-        Raises: OutOfTimeError(PREFILL_FAILED) after `wait_s`, else MeshError.
+        Raises: OutOfTimeError(PREFILL_FAILED) when `patience` is over, else MeshError.
         """
+        began_at = asyncio.get_running_loop().time()
+        timer = asyncio.timeout_at(patience.due)
+
+        def hear(position: int | None) -> None:
+            on_position(position)
+            if position is None:
+                patience.leased()
+            else:
+                patience.queued()
+            if not timer.expired():
+                timer.reschedule(patience.due)
+
         stub = prefill_queue_pb2_grpc.PrefillQueueStub(self._channels.get(address))
         # The deadline of the call lies behind the wait: it is the wait that ends and is counted, and whoever leaves
         # then can still read the stream to its end.
-        call = stub.Submit(prefill_queue_pb2.SubmitRequest(task=task), timeout=wait_s + self._waits.connect_s)
+        call = stub.Submit(
+            prefill_queue_pb2.SubmitRequest(task=task), timeout=patience.end - began_at + self._waits.connect_s
+        )
         answer: Answer = asyncio.get_running_loop().create_future()
-        reader = self._readers.start(self._read(call, answer, on_position), name=f"submission-{task.request_id}")
+        reader = self._readers.start(self._read(call, answer, hear), name=f"submission-{task.request_id}")
         # Not in the reader itself: a task that is cancelled before its first step never gets to its `finally`.
         reader.add_done_callback(lambda _: call.cancel())
         try:
-            async with asyncio.timeout(wait_s):
+            async with timer:
                 return await asyncio.shield(answer)
         except BaseException as exc:
             self._leave(stub, task, answer, reader)
             if isinstance(exc, TimeoutError) or (isinstance(exc, MeshError) and exc.reason is Reason.DEADLINE):
                 telemetry.WAIT_ENDED.labels(wait="prefill_s").inc()  # the task's time to live is this wait
-                raise OutOfTimeError(Reason.PREFILL_FAILED, f"no prefill within {wait_s:.1f} s") from exc
+                waited = f"within {asyncio.get_running_loop().time() - began_at:.1f} s"
+                what = "leased, but not computed" if patience.is_leased else "not leased"
+                raise OutOfTimeError(Reason.PREFILL_FAILED, f"the prefill was {what} {waited}") from exc
             raise
 
     async def _read(

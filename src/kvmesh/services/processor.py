@@ -330,13 +330,14 @@ class Processor:
 
     def _give_up_attempt(self, run: RunningRequest) -> None:
         """Free what the current attempt holds here, at the worker and at the router."""
+        usage = run.stream.prompt_usage if run.stream is not None else None
         if run.stream is not None:
             run.stream.cancel()
             run.stream = None
         run.worker = None
         if run.booking is not None:
             self._progress.drop(run.booking.key)
-            self._router.release(run.booking)
+            self._router.release(run.booking, cached_tokens=usage.cached_tokens if usage is not None else None)
             run.booking = None
 
     def _close(self, run: RunningRequest, outcome: str) -> None:

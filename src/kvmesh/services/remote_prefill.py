@@ -16,13 +16,13 @@ from kvmesh.core.errors import ConflictError, MeshError, Reason, TryElsewhereErr
 from kvmesh.core.hashing import max_overlap_blocks
 from kvmesh.core.remote_prefill import RemotePrefillDecision, RemotePrefillReason, RemotePrefillRules, decide
 from kvmesh.core.waits import Waits
-from kvmesh.engines.engine import EngineRequest, Pin
+from kvmesh.engines.engine import EngineHandoff, EngineRequest, Pin
 from kvmesh.services.channels import Channels
 from kvmesh.services.engine_driver import EngineDriver
 from kvmesh.services.handoff_fetch import HandoffFetch
 from kvmesh.services.handoff_source import HandoffSource
 from kvmesh.services.peers import Peers
-from kvmesh.services.prefill_submissions import PrefillSubmissions
+from kvmesh.services.prefill_submissions import Patience, PrefillSubmissions
 from kvmesh.services.queue_locator import QueueLocator
 from kvmesh.services.worker_transports import WorkerTransports
 from kvmesh.v1 import decode_worker_pb2, generation_pb2, prefill_queue_pb2
@@ -33,6 +33,8 @@ log = telemetry.logger(__name__)
 
 _PREFILL_SHARE = 0.25
 """A remote prefill may take this share of what remains of a request's time."""
+_FIRST_TOKEN_SHARE = 0.5
+"""While it is being computed, it may take this share of the wait for a first token: the rest is for a local prefill."""
 _QUEUE_LOST = frozenset({Reason.WORKER_LOST, Reason.DRAINING})
 """What says that the queue and not the task is the trouble."""
 _RESUBMIT_S = 0.05
@@ -51,6 +53,8 @@ class Prepared:
     """What a prefill worker handed over."""
     bytes_moved: int
     """To the prefill worker and back."""
+    handoff: EngineHandoff | None = None
+    """Of engines that move their own KV: the decode engine goes on from it, and no pin is held."""
 
 
 class RemotePrefill:
@@ -122,7 +126,8 @@ class RemotePrefill:
                 on_decision(self._note(decision.is_remote, decision.reason.name.lower()))
                 if not decision.is_remote:
                     return None
-                return await self._fetch(request, engine_request, pin, prompt_tokens, self._wait_s(deadline_at))
+                patience = self._patience(deadline_at)
+                return await self._fetch(request, engine_request, pin, prompt_tokens, patience)
             except MeshError as error:
                 self._fall_back(request, error)
                 on_decision(self._note(False, f"fallback_{error.reason.value.lower()}"))
@@ -154,8 +159,12 @@ class RemotePrefill:
             ) from exc
 
     def _wait_s(self, deadline_at: float) -> float:
-        remaining_s = max(deadline_at - asyncio.get_running_loop().time(), 0.0)
-        return min(self._waits.prefill_s, remaining_s * _PREFILL_SHARE)
+        return min(self._waits.prefill_s, _share_of_time(deadline_at))
+
+    def _patience(self, deadline_at: float) -> Patience:
+        """Return `waits.prefill_s` for a lease, and more once there is one."""
+        total_s = max(self._waits.prefill_s, self._waits.first_token_s * _FIRST_TOKEN_SHARE)
+        return Patience(lease_s=self._waits.prefill_s, total_s=min(total_s, _share_of_time(deadline_at)))
 
     def _note(self, remote: bool, reason: str) -> generation_pb2.PrefillDecision:
         telemetry.PREFILL_DECISIONS.labels(remote=str(remote).lower(), reason=reason).inc()
@@ -177,15 +186,21 @@ class RemotePrefill:
         engine_request: EngineRequest,
         pin: Pin,
         prompt_tokens: int,
-        wait_s: float,
+        patience: Patience,
     ) -> Prepared:
         """Submit the task and fetch what comes of it; `pin` holds what is here already."""
         first_block = len(pin.block_ids)
-        task = self._task(request, engine_request, prompt_tokens, first_block, wait_s)
-        completed = await self._compute_elsewhere(task, pin, wait_s)
+        time_to_live_s = patience.end - asyncio.get_running_loop().time()
+        task = self._task(request, engine_request, prompt_tokens, first_block, time_to_live_s)
+        completed = await self._compute_elsewhere(task, pin, patience)
         info, handoff = self._driver.info, completed.handoff
-        if info.layout is None and handoff.WhichOneof("content") is None:
-            return Prepared(pin_id=None, cached_tokens=0, remote_tokens=completed.computed_tokens, bytes_moved=0)
+        if info.layout is None and handoff.WhichOneof("content") != "blocks":
+            native = None
+            if handoff.WhichOneof("content") == "engine_state":
+                native = EngineHandoff(handoff.engine_state, tuple(handoff.first_tokens))
+            return Prepared(
+                pin_id=None, cached_tokens=0, remote_tokens=completed.computed_tokens, bytes_moved=0, handoff=native
+            )
         hashes = engine_request.block_hashes[: max_overlap_blocks(prompt_tokens, info.block_size)]
         fetched = await self._fetcher.fetch(
             handoff, first_block=first_block, hashes=hashes, local_hashes=engine_request.local_hashes[: len(hashes)]
@@ -199,31 +214,31 @@ class RemotePrefill:
         )
 
     async def _compute_elsewhere(
-        self, task: prefill_queue_pb2.PrefillTask, pin: Pin, wait_s: float
+        self, task: prefill_queue_pb2.PrefillTask, pin: Pin, patience: Patience
     ) -> prefill_queue_pb2.TaskCompleted:
         """Wait for a prefill worker to compute the task, while it may pull what `pin` holds."""
         if self._driver.info.layout is not None and pin.block_ids:
             await self._lend_prefix(task, pin)
         try:
-            return await self._submit(task, until=asyncio.get_running_loop().time() + wait_s)
+            return await self._submit(task, patience)
         finally:
             self._source.take_back(task.prefix)
 
-    async def _submit(self, task: prefill_queue_pb2.PrefillTask, *, until: float) -> prefill_queue_pb2.TaskCompleted:
+    async def _submit(self, task: prefill_queue_pb2.PrefillTask, patience: Patience) -> prefill_queue_pb2.TaskCompleted:
         """Submit to the active queue, and when that is lost, under the same key, to the one that takes its place."""
         loop = asyncio.get_running_loop()
         while True:
             address = self._queues.address()
             if address is None:
                 raise TryElsewhereError(Reason.PREFILL_FAILED, "no prefill queue is known")
-            wait_s = max(until - loop.time(), 0.0)
             try:
-                return await self._submissions.complete(address, task, wait_s=wait_s, on_position=self._check_depth)
+                return await self._submissions.complete(address, task, patience=patience, on_position=self._check_depth)
             except TryElsewhereError as error:
                 if error.reason not in _QUEUE_LOST or not self._queues.has_other_than(address):
                     raise
                 log.warning("queue.lost", request_id=task.request_id, address=address, error=error.message)
-            if loop.time() + _RESUBMIT_S >= until:
+            patience.queued()
+            if loop.time() + _RESUBMIT_S >= patience.due:
                 raise TryElsewhereError(Reason.PREFILL_FAILED, "no prefill queue can be reached")
             await asyncio.sleep(_RESUBMIT_S)
 
@@ -243,7 +258,7 @@ class RemotePrefill:
         engine_request: EngineRequest,
         prompt_tokens: int,
         first_block: int,
-        wait_s: float,
+        time_to_live_s: float,
     ) -> prefill_queue_pb2.PrefillTask:
         info = self._driver.info
         task = prefill_queue_pb2.PrefillTask(
@@ -253,7 +268,7 @@ class RemotePrefill:
             block_hashes=engine_request.block_hashes,
             first_block=first_block,
             uncached_tokens=prompt_tokens - first_block * info.block_size,
-            time_to_live=duration(wait_s),
+            time_to_live=duration(time_to_live_s),
             lora=request.lora,
             cache_namespace=request.cache_namespace,
             traceparent=request.traceparent,
@@ -274,3 +289,7 @@ class RemotePrefill:
         if self._rules.max_queue_depth is not None and self._queue_depth > self._rules.max_queue_depth:
             self._queue_depth = 0  # known only from the queue's answers: the next request asks again
             raise TryElsewhereError(Reason.QUEUE_FULL, f"{position} tasks wait before this one")
+
+
+def _share_of_time(deadline_at: float) -> float:
+    return max(deadline_at - asyncio.get_running_loop().time(), 0.0) * _PREFILL_SHARE

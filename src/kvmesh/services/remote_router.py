@@ -1,8 +1,9 @@
 """The router of another process, and what a processor does while it does not answer.
 
 Bookings are asked for one by one, since each waits for its answer; progress and releases go out in the background, in
-order and in lists. A router that is not reached within `waits.router_s` is done without: workers are then taken round
-robin from discovery, unbooked, and counted; routing is tried again with the next request.
+order and in lists. A router that is not reached within `waits.router_s`, or that has no answer by then and gives no
+sign of life for as long again, is done without: workers are then taken round robin from discovery, unbooked, and
+counted, at once while the router is suspect. See `RouterLiveness`.
 """
 
 import asyncio
@@ -22,6 +23,7 @@ from kvmesh.core.waits import Waits
 from kvmesh.services.channels import Channels
 from kvmesh.services.owned_tasks import OwnedTasks
 from kvmesh.services.peers import Peers
+from kvmesh.services.router_liveness import RouterLiveness
 from kvmesh.services.routing_port import UNROUTED, Booking
 from kvmesh.v1 import router_pb2, router_pb2_grpc
 from kvmesh.wire.error_catalog import from_rpc_error
@@ -33,6 +35,12 @@ if TYPE_CHECKING:
 log = telemetry.logger(__name__)
 
 _REPORT_TIMEOUT_S = 2.0
+_LOOK_AGAIN_S = 1.0
+"""Between two looks at a router that lets a request wait, and lives."""
+UNBOOKED_NOTE = "no router answered: round robin, unbooked"
+"""Stands in the explanation of a choice that no router made."""
+ADMISSION_WAIT = "admission_wait_s"
+"""In the metadata of a router's record: how long Reserve may wait for room, in seconds."""
 
 
 class RemoteRouter:
@@ -45,27 +53,31 @@ class RemoteRouter:
         self._waits = waits
         self._turn = itertools.count()
         self._tasks = OwnedTasks()
+        self._liveness = RouterLiveness(channels=channels, wait_s=waits.router_s, current=peers.router_address)
 
     async def aclose(self) -> None:
         """Stop reporting; bookings that were not released end by their workers' reports."""
         await self._tasks.aclose()
+        await self._liveness.aclose()
 
     async def reserve(self, key: AttemptKey, query: RoutingQuery, *, wait_s: float, explain: bool) -> Booking:
         """See `RoutingPort.reserve`."""
-        stub = await self._reach()
-        if stub is None:
-            return await self._unbooked(key, query, wait_s=wait_s)
+        address = await self._reach()
+        if address is None:
+            return await self._unbooked(key, query, wait_s=wait_s, explain=explain)
         request = router_pb2.ReserveRequest(
             request_id=key.request_id, attempt=key.attempt, query=query_to_proto(query), explain=explain
         )
         try:
-            answer = await stub.Reserve(request, timeout=wait_s + self._waits.connect_s)
+            answer = await self._ask(address, request, wait_s + self._admission_wait_s() + self._waits.connect_s)
         except grpc.aio.AioRpcError as exc:
             error = from_rpc_error(exc)
             if _is_routers_own(error):
                 raise error from exc
             log.warning("router.lost", error=f"{exc.code().name}: {exc.details()}")
-            return await self._unbooked(key, query, wait_s=wait_s)
+            answer = None
+        if answer is None:
+            return await self._unbooked(key, query, wait_s=wait_s, explain=explain)
         return Booking(
             key=key,
             worker_id=WorkerId(answer.worker.worker_id),
@@ -81,29 +93,58 @@ class RemoteRouter:
         request = router_pb2.ReportProgressRequest(progress=[progress_to_proto(line) for line in progress])
         self._tasks.start(self._report(request), name="router-progress")
 
-    def release(self, booking: Booking) -> None:
+    def release(self, booking: Booking, *, cached_tokens: int | None = None) -> None:
         """See `RoutingPort.release`."""
         if booking.router_id != UNROUTED:
             key = router_pb2.ReservationKey(request_id=booking.key.request_id, attempt=booking.key.attempt)
-            self._tasks.start(self._release(router_pb2.RouterReleaseRequest(key=key)), name="router-release")
+            request = router_pb2.RouterReleaseRequest(key=key, cached_tokens=cached_tokens)
+            self._tasks.start(self._release(request), name="router-release")
 
-    async def _reach(self) -> "RouterAsyncStub | None":
-        """Return the router once it is connected; None when that takes too long."""
+    def _admission_wait_s(self) -> float:
+        """Return how long the router may let a request wait for room, by what it says of itself."""
+        records = self._peers.roster.records(WorkerRole.ROUTER)
+        try:
+            return max((float(record.metadata.get(ADMISSION_WAIT, 0)) for record in records), default=0.0)
+        except ValueError:
+            return 0.0
+
+    async def _ask(
+        self, address: str, request: router_pb2.ReserveRequest, timeout_s: float
+    ) -> router_pb2.ReserveResponse | None:
+        """Have the router book, however long it may let the request wait; None once it gives no sign of life."""
+        reserve = asyncio.ensure_future(_reserve(self._stub(address), request, timeout_s))
+        look_after_s = self._waits.router_s
+        try:
+            while not (await asyncio.wait([reserve], timeout=look_after_s))[0]:
+                if not await self._liveness.answers(address) and not reserve.done():
+                    return None
+                look_after_s = max(look_after_s, _LOOK_AGAIN_S)
+            return reserve.result()
+        finally:
+            reserve.cancel()
+
+    async def _reach(self) -> str | None:
+        """Return where the router is once it is connected; None when that takes too long, or it is suspect."""
         address = self._peers.router_address()
-        if address is None:
+        if address is None or self._liveness.is_suspect(address):
             return None
-        channel = self._channels.get(address)
         try:
             async with asyncio.timeout(self._waits.router_s):
-                await channel.channel_ready()
+                await self._channels.get(address).channel_ready()
         except TimeoutError:
-            telemetry.WAIT_ENDED.labels(wait="router_s").inc()
+            self._liveness.suspect(address)
             return None
-        return router_pb2_grpc.RouterStub(channel)
+        return address
 
-    async def _unbooked(self, key: AttemptKey, query: RoutingQuery, *, wait_s: float) -> Booking:
+    def _stub(self, address: str) -> "RouterAsyncStub":
+        return router_pb2_grpc.RouterStub(self._channels.get(address))
+
+    async def _unbooked(self, key: AttemptKey, query: RoutingQuery, *, wait_s: float, explain: bool) -> Booking:
         record = await self._next_worker(query, wait_s=wait_s)
         telemetry.UNBOOKED_PICKS.inc()
+        explanation = router_pb2.Explanation(
+            policy="round_robin", worker_id=record.worker_id, prompt_tokens=query.prompt_tokens, note=UNBOOKED_NOTE
+        )
         return Booking(
             key=key,
             worker_id=record.worker_id,
@@ -111,6 +152,7 @@ class RemoteRouter:
             overlap_blocks=0,
             router_id=UNROUTED,
             reservation_id=0,
+            explanation=explanation if explain else None,
         )
 
     async def _next_worker(self, query: RoutingQuery, *, wait_s: float) -> WorkerRecord:
@@ -132,19 +174,25 @@ class RemoteRouter:
         return self._peers.roster.of(WorkerRole.DECODE, query.model)
 
     async def _report(self, request: router_pb2.ReportProgressRequest) -> None:
-        stub = await self._reach()
-        if stub is not None:
+        address = await self._reach()
+        if address is not None:
             with suppress(grpc.aio.AioRpcError):  # the next report, or a worker's own, brings the router up to date
-                await stub.ReportProgress(request, timeout=_REPORT_TIMEOUT_S)
+                await self._stub(address).ReportProgress(request, timeout=_REPORT_TIMEOUT_S)
 
     async def _release(self, request: router_pb2.RouterReleaseRequest) -> None:
-        stub = await self._reach()
-        if stub is None:
-            return
+        address = await self._reach()
+        if address is None:
+            return  # the booking ends by its worker's reports, or with its time
         try:
-            await stub.Release(request, timeout=_REPORT_TIMEOUT_S)
+            await self._stub(address).Release(request, timeout=_REPORT_TIMEOUT_S)
         except grpc.aio.AioRpcError as exc:
             log.info("booking.not_released", request_id=request.key.request_id, error=exc.code().name)
+
+
+async def _reserve(
+    stub: "RouterAsyncStub", request: router_pb2.ReserveRequest, timeout_s: float
+) -> router_pb2.ReserveResponse:
+    return await stub.Reserve(request, timeout=timeout_s)
 
 
 def _is_routers_own(error: MeshError) -> bool:

@@ -1,12 +1,15 @@
 """Router: the gRPC service in front of a LocalRouter."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 from kvmesh.core.candidates import RoutingQuery, Selection
-from kvmesh.core.errors import NotServedError, Reason, TryElsewhereError
+from kvmesh.core.errors import Reason, TryElsewhereError
+from kvmesh.core.ids import WorkerId
 from kvmesh.services.local_router import LocalRouter
+from kvmesh.services.router_metrics import observe_stage
 from kvmesh.v1 import router_pb2, router_pb2_grpc
 from kvmesh.wire import routing, routing_answers
 from kvmesh.wire.validation import seconds
@@ -16,6 +19,8 @@ if TYPE_CHECKING:
 
 _DEFAULT_INTERVAL_S = 1.0
 _MIN_INTERVAL_S = 0.1
+_ANSWER_MARGIN_S = 0.1
+"""Of the caller's deadline: so much earlier a wait ends, so that the caller learns why."""
 
 
 class Router(router_pb2_grpc.RouterServicer):
@@ -39,14 +44,18 @@ class Router(router_pb2_grpc.RouterServicer):
     async def Reserve(self, request: router_pb2.ReserveRequest, context: "Context") -> router_pb2.ReserveResponse:
         """See the contract."""
         key = routing.key_from_proto(request.request_id, request.attempt)
-        reservation = await self._router.reserve(key, self._query(request.query), wait_s=self._route_wait_s)
+        reservation = await self._router.reserve(
+            key, self._query(request.query), wait_s=self._route_wait_s, until=_before_deadline(context.time_remaining())
+        )
         response = router_pb2.ReserveResponse(
             worker=self._selected(reservation.selection),
             router_id=self._router.router_id,
             reservation_id=reservation.reservation_id,
         )
         if request.explain:
-            response.explanation.CopyFrom(self._explanation(self._router.explain_booked(reservation)))
+            response.explanation.CopyFrom(
+                routing_answers.explanation_to_proto(self._router.explain_booked(reservation))
+            )
         return response
 
     async def ReportProgress(
@@ -65,19 +74,26 @@ class Router(router_pb2_grpc.RouterServicer):
         self, request: router_pb2.RouterReleaseRequest, context: "Context"
     ) -> router_pb2.RouterReleaseResponse:
         """See the contract."""
-        self._router.release(routing.key_from_proto(request.key.request_id, request.key.attempt, path="key."))
+        key = routing.key_from_proto(request.key.request_id, request.key.attempt, path="key.")
+        has_said = request.HasField("cached_tokens")
+        self._router.release(key, cached_tokens=request.cached_tokens if has_said else None)
         return router_pb2.RouterReleaseResponse()
 
     async def Explain(self, request: router_pb2.ExplainRequest, context: "Context") -> router_pb2.ExplainResponse:
         """See the contract."""
         selection = self._router.explain(self._query(request.query))
-        return router_pb2.ExplainResponse(explanation=self._explanation(selection))
+        return router_pb2.ExplainResponse(explanation=routing_answers.explanation_to_proto(selection))
 
     async def ListWorkers(
         self, request: router_pb2.ListWorkersRequest, context: "Context"
     ) -> router_pb2.ListWorkersResponse:
         """See the contract."""
-        return router_pb2.ListWorkersResponse(workers=self._workers(), policy=self._router.policy_name)
+        return router_pb2.ListWorkersResponse(
+            workers=self._workers(),
+            policy=self._router.policy_name,
+            index=self._router.index_mode.value,
+            admission_waiting=self._router.waiting,
+        )
 
     async def GetPotentialLoads(
         self, request: router_pb2.GetPotentialLoadsRequest, context: "Context"
@@ -117,14 +133,19 @@ class Router(router_pb2_grpc.RouterServicer):
             except TimeoutError:
                 continue
 
-    def DumpIndex(
+    async def DumpIndex(
         self, request: router_pb2.DumpIndexRequest, context: "Context"
     ) -> AsyncIterator[router_pb2.DumpIndexResponse]:
-        """See the contract; not served yet."""
-        raise NotServedError(Reason.UNIMPLEMENTED, "")
+        """See the contract. What it streams is the index at one moment."""
+        held = self._router.dump_index(WorkerId(request.worker_id) if request.worker_id else None)
+        for response in routing_answers.index_entries(held):
+            yield response
 
     def _query(self, query: router_pb2.RoutingQuery) -> RoutingQuery:
-        return routing.query_from_proto(query, block_sizes=self._router.block_sizes(query.model))
+        began = time.perf_counter()
+        made = routing.query_from_proto(query, block_sizes=self._router.block_sizes(query.model))
+        observe_stage("hash", time.perf_counter() - began)
+        return made
 
     def _selected(self, selection: Selection) -> router_pb2.SelectedWorker:
         record = self._router.find(selection.worker.worker_id)
@@ -132,9 +153,12 @@ class Router(router_pb2_grpc.RouterServicer):
             raise TryElsewhereError(Reason.WORKER_LOST, f"{selection.worker.worker_id} has just gone")
         return routing_answers.selected_worker_to_proto(selection, record)
 
-    def _explanation(self, selection: Selection) -> router_pb2.Explanation:
-        unreported = {worker.worker for worker in self._router.workers() if worker.report is None}
-        return routing_answers.explanation_to_proto(selection, unreported=unreported)
-
     def _workers(self) -> list[router_pb2.RouterWorker]:
         return [routing_answers.router_worker_to_proto(worker) for worker in self._router.workers()]
+
+
+def _before_deadline(remaining_s: float | None) -> float | None:
+    """Return the moment until which an answer still reaches the caller, on the loop's clock; None = no bound."""
+    if remaining_s is None:
+        return None
+    return asyncio.get_running_loop().time() + max(remaining_s - _ANSWER_MARGIN_S, 0.0)

@@ -25,6 +25,8 @@ class RouterSight:
     """Its own bookings."""
     policy: str = ""
     """How it chooses; "" while that is not known."""
+    index: str = ""
+    """What it knows caches by; "" while that is not known."""
 
 
 class RouterView(Protocol):
@@ -51,6 +53,7 @@ class LocalRouterView:
             workers=tuple(_from_snapshot(snapshot) for snapshot in workers),
             reservations=sum(worker.reservations for worker in workers),
             policy=self._router.policy_name,
+            index=self._router.index_mode.value,
         )
 
     async def refresh(self) -> None:
@@ -74,6 +77,7 @@ class RemoteRouterView:
             workers=tuple(_from_line(record, lines.get((record.worker_id, record.epoch))) for record in records),
             reservations=sum(line.reservations for line in self._answer.workers),
             policy=self._answer.policy,
+            index=self._answer.index,
         )
 
     async def refresh(self) -> None:

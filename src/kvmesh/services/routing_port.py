@@ -42,8 +42,8 @@ class RoutingPort(Protocol):
     def report_progress(self, progress: Sequence[Progress]) -> None:
         """Say how bookings go on."""
 
-    def release(self, booking: Booking) -> None:
-        """End a booking. Idempotent."""
+    def release(self, booking: Booking, *, cached_tokens: int | None = None) -> None:
+        """End a booking; the worker had so many of the prompt's tokens cached, None = it did not say. Idempotent."""
 
 
 class InProcessRouting:
@@ -70,9 +70,9 @@ class InProcessRouting:
         """See `RoutingPort.report_progress`; what has ended meanwhile is no news."""
         self._router.report_progress(progress)
 
-    def release(self, booking: Booking) -> None:
+    def release(self, booking: Booking, *, cached_tokens: int | None = None) -> None:
         """See `RoutingPort.release`."""
         try:
-            self._router.release(booking.key)
+            self._router.release(booking.key, cached_tokens=cached_tokens)
         except NotKnownError:
             return  # it expired, or ended with its worker

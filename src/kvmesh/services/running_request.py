@@ -1,6 +1,7 @@
 """One request that a processor runs, and what it holds."""
 
 import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -10,6 +11,7 @@ from kvmesh.core.roster import WorkerRecord
 from kvmesh.services.exchange_client import WorkerStream
 from kvmesh.services.output_text import OutputText
 from kvmesh.services.prompts import PreparedPrompt, fill_input
+from kvmesh.services.router_metrics import observe_stage
 from kvmesh.services.routing_port import Booking
 from kvmesh.v1 import decode_worker_pb2, frontend_pb2, generation_pb2
 from kvmesh.wire.routing import block_hashes_by_size, hints_from_proto
@@ -65,10 +67,13 @@ class RunningRequest:
         """Return what the router is asked; `workers` are those that serve the model."""
         assert self.resolved is not None
         prompt, hints = self.resolved.prompt, self.request.routing
+        began_at = time.perf_counter()
+        block_hashes = block_hashes_by_size(prompt.identity, {record.block_size for record in workers}, hints)
+        observe_stage("hash", time.perf_counter() - began_at)
         return RoutingQuery(
             model=self.resolved.model,
             prompt_tokens=prompt.prompt_tokens,
-            block_hashes=block_hashes_by_size(prompt.identity, {record.block_size for record in workers}, hints),
+            block_hashes=block_hashes,
             prompt_text=prompt.text,
             lora=hints.lora or None,
             cache_namespace=hints.cache_namespace or None,

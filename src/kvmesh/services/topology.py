@@ -41,7 +41,9 @@ class TopologyView:
         sight = self._router.now()
         counters = self._totals.now()
         counters.reservations = sight.reservations
-        return frontend_pb2.Topology(workers=sight.workers, queue=self._queue, counters=counters, policy=sight.policy)
+        return frontend_pb2.Topology(
+            workers=sight.workers, queue=self._queue, counters=counters, policy=sight.policy, index=sight.index
+        )
 
     async def refreshed(self) -> frontend_pb2.Topology:
         """Return the mesh as it is now."""

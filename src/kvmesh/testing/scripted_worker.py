@@ -10,7 +10,7 @@ from grpc_health.v1 import health_pb2_grpc
 
 from kvmesh.core.hashing import local_block_hashes, sequence_hashes
 from kvmesh.core.ids import Epoch, SequenceHash, WorkerId
-from kvmesh.core.kv_events import BlocksStored
+from kvmesh.core.kv_events import BlocksRemoved, BlocksStored
 from kvmesh.core.roster import WorkerRecord
 from kvmesh.discovery.memory import MemoryDiscovery, MemoryRegistration
 from kvmesh.engines.engine import EngineLoad
@@ -40,6 +40,9 @@ class _RecordedEvents(WorkerEvents):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.kv_requests: list[worker_events_pb2.WatchKvEventsRequest] = []
+
+    def evict_silently(self, block_hashes: Sequence[SequenceHash], *, rank: int) -> None:
+        self._histories[rank]._apply(BlocksRemoved(tuple(block_hashes)))
 
     async def WatchKvEvents(  # noqa: N802  # the contract's name
         self, request: worker_events_pb2.WatchKvEventsRequest, context: "Context"
@@ -141,6 +144,10 @@ class ScriptedWorker:
         hashes = sequence_hashes(local)
         self.events.publish_kv([BlocksStored(None, hashes, tuple(local))], rank=rank)
         return hashes
+
+    def evict_silently(self, block_hashes: Sequence[SequenceHash], *, rank: int = 0) -> None:
+        """Drop blocks and tell nobody, which no worker should: only a snapshot shows it."""
+        self.events.evict_silently(block_hashes, rank=rank)
 
     def say(self, **changes: Any) -> None:
         """Report another load; `changes` are fields of `Said`."""

@@ -105,7 +105,8 @@ CATALOG: dict[Reason, CatalogEntry] = {
         errors.ConflictError,
     ),
     Reason.WORKER_LOST: CatalogEntry(
-        _C.UNAVAILABLE, _SERVER, "worker_lost", True, "The worker that served this request is gone: retry.",
+        _C.UNAVAILABLE, _SERVER, "worker_lost", True,
+        "Whoever was to serve this request is gone or does not answer: retry.",
         errors.TryElsewhereError, show_message=False,
     ),
     Reason.SLOW_CONSUMER: CatalogEntry(

@@ -1,19 +1,22 @@
 """What routers are asked: protobuf -> core. What they answer is in `kvmesh.wire.routing_answers`."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvmesh.core.admission import DEFAULT_PRIORITY
 from kvmesh.core.candidates import CostOverrides, RoutingHints, RoutingQuery
 from kvmesh.core.errors import FixRequestError, Reason
-from kvmesh.core.hashing import local_block_hashes, sequence_hashes, text_tokens
-from kvmesh.core.ids import AttemptKey, RequestId, SequenceHash, WorkerId
+from kvmesh.core.hashing import text_tokens
+from kvmesh.core.ids import AttemptKey, RequestId, WorkerId
+from kvmesh.core.prompt_blocks import PromptBlocks
 from kvmesh.v1 import generation_pb2, router_pb2
 from kvmesh.wire.validation import check_hints, invalid
 
-DEFAULT_PRIORITY = 10
+_TOKEN_BYTES = 4
+_NO_HINTS = RoutingHints(priority=DEFAULT_PRIORITY)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +40,9 @@ def query_from_proto(
     """
     if not query.model:
         raise invalid(f"{path}.model", "required")
-    check_hints(query.hints, path=f"{path}.hints")
+    has_hints = query.HasField("hints")
+    if has_hints:
+        check_hints(query.hints, path=f"{path}.hints")
     prompt_tokens, block_hashes = _prompt(query, block_sizes, path)
     return RoutingQuery(
         model=query.model,
@@ -46,7 +51,7 @@ def query_from_proto(
         prompt_text=query.prompt_text or query.text or None,
         lora=query.hints.lora or None,
         cache_namespace=query.hints.cache_namespace or None,
-        hints=hints_from_proto(query.hints),
+        hints=hints_from_proto(query.hints) if has_hints else _NO_HINTS,
         expected_output_tokens=query.expected_output_tokens or None,
     )
 
@@ -63,7 +68,12 @@ def query_to_proto(query: RoutingQuery) -> router_pb2.RoutingQuery:
     size = min(query.block_hashes, default=0)
     if size:
         message.block_hashes.block_size = size
-        message.block_hashes.sequence_hashes.extend(query.block_hashes[size])
+        blocks = query.block_hashes[size]
+        local = blocks.local if isinstance(blocks, PromptBlocks) else None
+        if local is not None:
+            message.block_hashes.local_hashes.extend(local)
+        else:
+            message.block_hashes.sequence_hashes.extend(blocks)
     return message
 
 
@@ -79,13 +89,33 @@ def progress_to_proto(progress: Progress) -> router_pb2.ReservationProgress:
 
 
 def block_hashes_by_size(
-    tokens: NDArray[np.uint32], block_sizes: Collection[int], hints: generation_pb2.RoutingHints
-) -> dict[int, tuple[SequenceHash, ...]]:
+    tokens: NDArray[np.uint32],
+    block_sizes: Collection[int],
+    hints: generation_pb2.RoutingHints,
+    multimodal: Iterable[router_pb2.MultimodalSpan] = (),
+) -> dict[int, PromptBlocks]:
     """Hash a prompt's full blocks for each block size; `hints` name the LoRA and the cache namespace."""
+    spans = tuple(multimodal)
     return {
-        size: sequence_hashes(local_block_hashes(tokens, size, lora=hints.lora, cache_namespace=hints.cache_namespace))
+        size: PromptBlocks.of_tokens(
+            tokens,
+            size,
+            lora=hints.lora,
+            cache_namespace=hints.cache_namespace,
+            multimodal=_contents_by_block(spans, size) if spans else None,
+        )
         for size in block_sizes
     }
+
+
+def _contents_by_block(spans: Iterable[router_pb2.MultimodalSpan], block_size: int) -> dict[int, list[int]]:
+    """Return what each block shows, a part of it being enough."""
+    contents: dict[int, list[int]] = {}
+    for span in spans:
+        last_token = span.first_token + span.token_count - 1
+        for block in range(span.first_token // block_size, last_token // block_size + 1):
+            contents.setdefault(block, []).append(span.content_hash)
+    return contents
 
 
 def hints_from_proto(hints: generation_pb2.RoutingHints) -> RoutingHints:
@@ -93,6 +123,7 @@ def hints_from_proto(hints: generation_pb2.RoutingHints) -> RoutingHints:
     cost = hints.cost
     return RoutingHints(
         pinned_worker=WorkerId(hints.pinned_worker_id) if hints.pinned_worker_id else None,
+        pinned_rank=hints.pinned_rank if hints.HasField("pinned_rank") else None,
         allowed_workers=frozenset(map(WorkerId, hints.allowed_worker_ids)),
         excluded_workers=frozenset(map(WorkerId, hints.excluded_worker_ids)),
         required_labels=dict(hints.required_labels),
@@ -112,6 +143,7 @@ def _hints_to_proto(query: RoutingQuery) -> generation_pb2.RoutingHints:
     hints, overrides = query.hints, query.hints.overrides
     return generation_pb2.RoutingHints(
         pinned_worker_id=hints.pinned_worker or "",
+        pinned_rank=hints.pinned_rank,
         allowed_worker_ids=sorted(hints.allowed_workers),
         excluded_worker_ids=sorted(hints.excluded_workers),
         required_labels=hints.required_labels,
@@ -151,11 +183,15 @@ def progress_from_proto(progress: router_pb2.ReservationProgress, *, path: str) 
 
 def _prompt(
     query: router_pb2.RoutingQuery, block_sizes: Collection[int], path: str
-) -> tuple[int, dict[int, tuple[SequenceHash, ...]]]:
+) -> tuple[int, dict[int, PromptBlocks]]:
     """Return the prompt's tokens, counted, and its hashes by block size."""
     match query.WhichOneof("input"):
         case "token_ids":
             tokens = np.array(query.token_ids.token_ids, dtype=np.uint32)
+        case "packed_token_ids":
+            if len(query.packed_token_ids) % _TOKEN_BYTES:
+                raise invalid(f"{path}.packed_token_ids", f"{_TOKEN_BYTES} bytes are one token: some are missing")
+            tokens = np.frombuffer(query.packed_token_ids, dtype="<u4")
         case "text":
             tokens = text_tokens(query.text)
         case "block_hashes":
@@ -163,16 +199,26 @@ def _prompt(
         case _ if query.prompt_tokens:  # nothing is known of its blocks: cold everywhere
             return query.prompt_tokens, {}
         case _:
-            raise invalid(path, "set one of token_ids, block_hashes, text, or prompt_tokens alone")
+            raise invalid(path, "set one of token_ids, packed_token_ids, block_hashes, text, or prompt_tokens alone")
     if not len(tokens):
         raise FixRequestError(Reason.EMPTY_PROMPT, "", field=f"{path}.{query.WhichOneof('input')}")
-    return len(tokens), block_hashes_by_size(tokens, block_sizes, query.hints)
+    _check_spans(query, prompt_tokens=len(tokens), path=path)
+    return len(tokens), block_hashes_by_size(tokens, block_sizes, query.hints, query.multimodal)
 
 
-def _given_hashes(
-    query: router_pb2.RoutingQuery, block_sizes: Collection[int], path: str
-) -> dict[int, tuple[SequenceHash, ...]]:
-    size, hashes = query.block_hashes.block_size, query.block_hashes.sequence_hashes
+def _check_spans(query: router_pb2.RoutingQuery, *, prompt_tokens: int, path: str) -> None:
+    for index, span in enumerate(query.multimodal):
+        end = span.first_token + span.token_count
+        if not span.token_count or end > prompt_tokens:
+            raise invalid(
+                f"{path}.multimodal[{index}]", f"tokens {span.first_token} to {end} are not within {prompt_tokens}"
+            )
+
+
+def _given_hashes(query: router_pb2.RoutingQuery, block_sizes: Collection[int], path: str) -> dict[int, PromptBlocks]:
+    given = query.block_hashes
+    size, field = given.block_size, "local_hashes" if given.local_hashes else "sequence_hashes"
+    hashes = getattr(given, field)
     if not query.prompt_tokens:
         raise invalid(f"{path}.prompt_tokens", "required with block_hashes")
     if size < 1:
@@ -180,9 +226,13 @@ def _given_hashes(
     if block_sizes and size not in block_sizes:  # with no worker alive, that is the trouble to be told of
         known = ", ".join(map(str, sorted(block_sizes)))
         raise invalid(f"{path}.block_hashes.block_size", f"{size} is no live worker's, which are {known}")
+    if given.local_hashes and given.sequence_hashes:
+        raise invalid(f"{path}.block_hashes.local_hashes", "set these or sequence_hashes, not both")
     if len(hashes) > query.prompt_tokens // size:
         raise invalid(
-            f"{path}.block_hashes.sequence_hashes",
+            f"{path}.block_hashes.{field}",
             f"{len(hashes)} are too many: {query.prompt_tokens} tokens fill {query.prompt_tokens // size} blocks",
         )
-    return {size: tuple(map(SequenceHash, hashes))}
+    if given.local_hashes:
+        return {size: PromptBlocks(np.array(hashes, dtype=np.uint64), None, size)}
+    return {size: PromptBlocks.of_sequence(hashes, size)}

@@ -1,11 +1,10 @@
 """What routers answer: core -> protobuf. What they are asked is in `kvmesh.wire.routing`."""
 
-import math
-from collections.abc import Collection
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, fields
 
 from kvmesh.core.candidates import Candidate, Selection, Terms, Verdict
-from kvmesh.core.ids import WorkerRank
+from kvmesh.core.prefix_index import HeldBlock
 from kvmesh.core.roster import WorkerRecord
 from kvmesh.core.worker_views import PotentialLoad, WorkerSnapshot
 from kvmesh.v1 import router_pb2
@@ -25,22 +24,25 @@ def selected_worker_to_proto(selection: Selection, record: WorkerRecord) -> rout
     )
 
 
-def explanation_to_proto(selection: Selection, *, unreported: Collection[WorkerRank] = ()) -> router_pb2.Explanation:
-    """Return a decision, whole; `unreported` workers have sent no load yet, so that theirs has no age."""
-    candidates = sorted(selection.explain()[: len(selection.candidates)], key=_by_cost)
-    return router_pb2.Explanation(
+def explanation_to_proto(selection: Selection) -> router_pb2.Explanation:
+    """Return a decision, whole."""
+    explanation = router_pb2.Explanation(
         policy=selection.policy,
         worker_id=selection.worker.worker_id,
         rank=selection.worker.rank,
-        candidates=[_candidate_to_proto(verdict, unreported) for verdict in candidates],
-        rejected=[
-            router_pb2.RejectedWorker(worker_id=candidate.worker.worker_id, reason=reason)
-            for candidate, reason in selection.excluded
-        ],
+        candidates=[_candidate_to_proto(verdict) for verdict in selection.explain()],
+        rejected=[_rejected_to_proto(candidate, reason) for candidate, reason in selection.excluded],
         fallback=selection.fallback,
         prompt_tokens=selection.query.prompt_tokens if selection.query is not None else 0,
         staleness_ignored=selection.is_staleness_ignored,
+        knobs=selection.knobs,
+        seed=selection.seed,
+        note=selection.note,
     )
+    if (prefill := selection.remote_prefill) is not None:
+        explanation.prefill.remote = prefill.is_remote
+        explanation.prefill.reason = prefill.reason.name.lower()
+    return explanation
 
 
 def router_worker_to_proto(snapshot: WorkerSnapshot) -> router_pb2.RouterWorker:
@@ -58,11 +60,14 @@ def router_worker_to_proto(snapshot: WorkerSnapshot) -> router_pb2.RouterWorker:
         stale=snapshot.is_stale,
         reservations=snapshot.reservations,
         draining=snapshot.record.draining,
+        index_degraded=snapshot.is_index_degraded,
     )
     if report is not None:
         worker.waiting_requests = report.waiting_requests
         worker.prefix_hit_rate = report.prefix_hit_rate
         worker.load_age.CopyFrom(duration(snapshot.load_age_s))
+    if snapshot.index_age_s is not None:
+        worker.kv_age.CopyFrom(duration(snapshot.index_age_s))
     return worker
 
 
@@ -76,7 +81,23 @@ def potential_load_to_proto(load: PotentialLoad) -> router_pb2.PotentialLoad:
     )
 
 
-def _candidate_to_proto(verdict: Verdict, unreported: Collection[WorkerRank]) -> router_pb2.CandidateExplanation:
+def index_entries(held: Iterable[HeldBlock], *, per_message: int = 2_048) -> Iterator[router_pb2.DumpIndexResponse]:
+    """Yield an index in messages below 1 MiB."""
+    response = router_pb2.DumpIndexResponse()
+    for block in held:
+        entry = response.entries.add(
+            worker_id=block.worker.worker_id, rank=block.worker.rank, block_hash=block.block_hash
+        )
+        if block.parent is not None:
+            entry.parent_hash = block.parent
+        if len(response.entries) == per_message:
+            yield response
+            response = router_pb2.DumpIndexResponse()
+    if response.entries:
+        yield response
+
+
+def _candidate_to_proto(verdict: Verdict) -> router_pb2.CandidateExplanation:
     candidate = verdict.candidate
     explained = router_pb2.CandidateExplanation(
         worker_id=candidate.worker.worker_id,
@@ -85,12 +106,40 @@ def _candidate_to_proto(verdict: Verdict, unreported: Collection[WorkerRank]) ->
         cost=verdict.cost or 0.0,
         terms=_terms(candidate, verdict.terms),
         lost=verdict.lost,
+        inputs=_inputs(candidate),
+        index_degraded=candidate.is_index_degraded,
     )
-    if candidate.worker not in unreported:
-        explained.load_age.CopyFrom(duration(candidate.load_age_s))
-    if candidate.index_age_s is not None:
-        explained.kv_age.CopyFrom(duration(candidate.index_age_s))
+    _set_ages(explained, candidate)
     return explained
+
+
+def _rejected_to_proto(candidate: Candidate, reason: str) -> router_pb2.RejectedWorker:
+    rejected = router_pb2.RejectedWorker(
+        worker_id=candidate.worker.worker_id, rank=candidate.worker.rank, reason=reason, inputs=_inputs(candidate)
+    )
+    _set_ages(rejected, candidate)
+    return rejected
+
+
+def _set_ages(message: router_pb2.CandidateExplanation | router_pb2.RejectedWorker, candidate: Candidate) -> None:
+    if candidate.is_reported:
+        message.load_age.CopyFrom(duration(candidate.load_age_s))
+    if candidate.index_age_s is not None:
+        message.kv_age.CopyFrom(duration(candidate.index_age_s))
+
+
+def _inputs(candidate: Candidate) -> dict[str, float]:
+    """Return every figure that the router knew of a worker."""
+    return {
+        name: value
+        for name in _FIGURES
+        if isinstance(value := getattr(candidate, name), int | float) and not isinstance(value, bool)
+    }
+
+
+_FIGURES = tuple(
+    item.name for item in fields(Candidate) if item.name not in ("epoch", "labels", "load_age_s", "index_age_s")
+)
 
 
 def _terms(candidate: Candidate, terms: Terms | None) -> dict[str, float]:
@@ -101,8 +150,3 @@ def _terms(candidate: Candidate, terms: Terms | None) -> dict[str, float]:
         "active_requests": candidate.active_requests,
         **(asdict(terms) if terms is not None else {}),
     }
-
-
-def _by_cost(verdict: Verdict) -> tuple[float, bool]:
-    """Order by cost, the chosen one first among equals; what was not scored comes last."""
-    return (math.inf if verdict.cost is None else verdict.cost, verdict.lost != "")

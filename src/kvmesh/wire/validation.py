@@ -66,6 +66,8 @@ def check_hints(hints: generation_pb2.RoutingHints, *, path: str = "routing") ->
         value = getattr(hints.cost, name)
         if not 0 <= value < float("inf"):
             raise invalid(f"{path}.cost.{name}", f"{value:g} is out of range: 0 or more")
+    if hints.HasField("pinned_rank") and not hints.pinned_worker_id:
+        raise invalid(f"{path}.pinned_rank", "names a rank of pinned_worker_id, which is not set")
 
 
 def resolve_sampling(

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import signal
 import socket
 import sys
@@ -24,6 +25,7 @@ from kvmesh.v1 import (
     worker_control_pb2,
     worker_control_pb2_grpc,
 )
+from kvmesh.wire.validation import duration
 
 EPOCH = 2**63 + 5
 TOPOLOGY = frontend_pb2.Topology(
@@ -55,6 +57,8 @@ TOPOLOGY = frontend_pb2.Topology(
         prompt_tokens=400,
     ),
 )
+
+COLOURED = "\x1b[31mr\xe9d\x1b[0m\r\n\x00"
 
 
 @dataclass
@@ -88,14 +92,20 @@ class Frontend(frontend_pb2_grpc.FrontendServicer):
             )
         if prompt == "overload":
             raise BackOffError(Reason.OVERLOADED, "", retry_after_s=1.5)
-        yield frontend_pb2.GenerateResponse(started=_started(request))
+        started = _started(request)
+        if prompt == "unrouted":
+            note = "no router answered: round robin, unbooked"
+            started.explanation.CopyFrom(router_pb2.Explanation(worker_id=started.worker_id, note=note))
+            started.prefill.reason = "fallback_prefill_failed"
+        yield frontend_pb2.GenerateResponse(started=started)
         yield frontend_pb2.GenerateResponse(chunk=generation_pb2.Chunk(text="Why "))
         if prompt == "hang":
             try:
                 await asyncio.Event().wait()
             finally:
                 self._mesh.cancelled.set()
-        yield frontend_pb2.GenerateResponse(chunk=generation_pb2.Chunk(text="did [it]?"))
+        ending = COLOURED if prompt == "colour" else "did [it]?"
+        yield frontend_pb2.GenerateResponse(chunk=generation_pb2.Chunk(text=ending))
         if prompt != "broken":
             usage = generation_pb2.Usage(prompt_tokens=64, completion_tokens=3, cached_tokens=48)
             finished = generation_pb2.Finished(reason=generation_pb2.FINISH_REASON_LENGTH, usage=usage)
@@ -123,15 +133,23 @@ def _started(request: frontend_pb2.GenerateRequest) -> frontend_pb2.Started:
                 prompt_tokens=64,
                 candidates=[
                     router_pb2.CandidateExplanation(
-                        worker_id="NODE1/decode/0", cost=1.5, terms={"prefill_blocks": 1, "decode_blocks": 0.5}
+                        worker_id="NODE1/decode/0",
+                        cost=1.5,
+                        terms={"prefill_blocks": 1, "decode_blocks": 0.5},
+                        load_age=duration(0.25),
+                        kv_age=duration(1.5),
                     ),
                     router_pb2.CandidateExplanation(
                         worker_id="NODE2/decode/0",
                         cost=4,
                         terms={"prefill_blocks": 4, "decode_blocks": 0},
                         lost="cost 4 > 1.5",
+                        index_degraded=True,
                     ),
                 ],
+                knobs={"temperature": 0, "overlap_credit": 1.5},
+                seed=7,
+                note="least cost",
                 rejected=[router_pb2.RejectedWorker(worker_id="NODE3/decode/0", reason="draining")],
             )
         )
@@ -231,7 +249,7 @@ async def test_generate_prints_the_output_and_a_footer_beside_it(mesh: MeshServe
     arguments = ("--model", "tiny", "--max-tokens", "3", "--temperature", "0", "--target", mesh.address)
     code, out, err = await run_cli("generate", "Tell me a joke", *arguments)
 
-    assert (code, out) == (0, "Why did [it]?\n")
+    assert (code, out) == (0, "Why did [it]?")
     assert err.startswith("[NODE1/decode/0: 3 tokens, length; prompt 64 tokens, 48 cached, 32 predicted; ")
     request = mesh.generated[0]
     assert (request.prompt.text, request.model, request.explain) == ("Tell me a joke", "tiny", False)
@@ -273,24 +291,56 @@ async def test_generate_gives_up_at_the_deadline(mesh: MeshServer) -> None:
 async def test_generate_without_streaming_prints_the_same(mesh: MeshServer) -> None:
     code, out, _ = await run_cli("generate", "hello", "--no-stream", "--target", mesh.address)
 
-    assert (code, out) == (0, "Why did [it]?\n")
+    assert (code, out) == (0, "Why did [it]?")
 
 
 async def test_generate_explains_every_candidate_with_every_term(mesh: MeshServer) -> None:
     code, out, err = await run_cli("generate", "hello", "--explain", "--target", mesh.address)
 
     lines = [line.split() for line in err.splitlines()]
-    assert (code, out) == (0, "Why did [it]?\n")
-    assert lines[0] == ["worker", "cost", "decode_blocks", "prefill_blocks", "lost", "because"]
-    assert lines[1] == ["NODE1/decode/0", "1.5", "0.5", "1", "chosen"]
-    assert lines[2] == ["NODE2/decode/0", "4", "0", "4", "cost", "4", ">", "1.5"]
-    assert "no candidate: NODE3/decode/0: draining" in err
+    assert (code, out) == (0, "Why did [it]?")
+    assert lines[0] == [
+        "worker", "cost", "prefill_blocks", "decode_blocks", "load", "age", "kv", "age", "lost", "because",
+    ]  # fmt: skip
+    assert lines[1] == ["NODE1/decode/0", "1.5", "1", "0.5", "0.250", "s", "1.500", "s", "chosen"]
+    assert lines[2] == ["NODE2/decode/0", "4", "4", "0", "-", "degraded", "cost", "4", ">", "1.5"]
+    assert lines[4] == ["NODE3/decode/0", "-", "-", "draining"]
+    assert "policy kv_aware (overlap_credit 1.5, temperature 0): least cost\n64 prompt tokens, seed 7\n" in err
+
+
+@pytest.mark.parametrize("flags", [(), ("--no-stream",)])
+async def test_what_generate_writes_to_a_pipe_is_the_output_byte_for_byte(
+    mesh: MeshServer, flags: tuple[str, ...]
+) -> None:
+    process = await start_cli("generate", "colour", *flags, "--target", mesh.address)
+
+    out, _ = await asyncio.wait_for(process.communicate(), 30)
+
+    assert out == b"Why \x1b[31mr\xc3\xa9d\x1b[0m\r\n\x00"
+
+
+async def test_a_choice_that_no_router_made_is_explained_in_one_line_and_a_failed_remote_prefill_in_the_footer(
+    mesh: MeshServer,
+) -> None:
+    code, _, err = await run_cli("generate", "unrouted", "--explain", "--target", mesh.address)
+
+    explanation, footer = err.splitlines()
+    assert code == 0
+    assert explanation == "no router answered: round robin, unbooked"
+    assert footer.endswith("prefill local, as the remote one failed: PREFILL_FAILED]")
+
+
+async def test_a_prompt_that_is_no_text_is_refused_in_one_line(mesh: MeshServer) -> None:
+    result = await run_cli("generate", os.fsdecode(b"a\xff"), "--target", mesh.address)
+
+    assert result == (2, "", "error: PROMPT is not UTF-8\n")
+    assert mesh.generated == []
 
 
 async def test_generate_fails_when_the_stream_ends_without_a_result(mesh: MeshServer) -> None:
     code, out, err = await run_cli("generate", "broken", "--target", mesh.address)
 
-    assert (code, out) == (1, "Why did [it]?\n")
+    assert (code, out) == (1, "Why did [it]?")
     assert "incomplete" in err
 
 

@@ -1,10 +1,12 @@
 """A mesh in the foreground, as a process: what it shows, how signals end it, and with which exit code."""
 
 import asyncio
+import errno
 import json
 import os
 import pty
 import signal
+import socket
 import sys
 from asyncio.subprocess import PIPE, Process
 from contextlib import suppress
@@ -12,6 +14,7 @@ from contextlib import suppress
 import pytest
 
 from kvmesh.cli.foreground import serve, show_by_log
+from kvmesh.cli.options import CommandFailed
 from kvmesh.services.channels import PortTakenError
 from kvmesh.v1 import frontend_pb2
 
@@ -168,3 +171,34 @@ async def test_a_failed_start_is_raised_after_what_was_started_is_stopped() -> N
         await serve(mesh, show_by_log)
 
     assert mesh.stops == 1
+
+
+class _FailingStart(_TakenPort):
+    def __init__(self, error: OSError) -> None:
+        self._error = error
+
+    async def start(self) -> None:
+        raise self._error
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (PermissionError(errno.EACCES, "Permission denied", "/models/tiny"), "/models/tiny: Permission denied"),
+        (
+            OSError(errno.EADDRNOTAVAIL, "Cannot assign requested address"),
+            "Cannot assign requested address: check --http-host, --grpc-host or --host",
+        ),
+        (
+            OSError(socket.EAI_NONAME, "Name or service not known"),
+            "Name or service not known: check --http-host, --grpc-host or --host",
+        ),
+    ],
+    ids=["disk", "file", "address", "name"],
+)
+async def test_only_what_may_be_an_address_is_blamed_on_one(error: OSError, text: str) -> None:
+    with pytest.raises(CommandFailed) as failed:
+        await serve(_FailingStart(error), show_by_log)
+
+    assert failed.value.message == text

@@ -12,7 +12,7 @@ from kvmesh.cli.main import main
 from kvmesh.cli.running import engine_options
 from kvmesh.runtime.settings import Settings
 
-COMMANDS = ["up", "generate", "status", "probe", "drain", "version", "config show"]
+COMMANDS = ["up", "generate", "explain", "status", "probe", "drain", "version", "config show"]
 
 
 @pytest.fixture(autouse=True)
@@ -176,6 +176,25 @@ def test_config_show_tells_where_each_value_came_from(
     assert ["engine.options.total_blocks", "512", f"file {file}"] in lines
     assert ["mesh.decode", "4", "env KVMESH_MESH__DECODE"] in lines
     assert ["mesh.prefill", "1", "default"] in lines
+
+
+def test_config_show_prints_values_that_a_setting_takes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("KVMESH_ROUTER__INDEX", "off")
+    monkeypatch.setenv("KVMESH_PROCESS__TRANSPORTS", "nixl,tcp")
+    monkeypatch.setenv("KVMESH_MESH__PROCESSES", "true")
+
+    assert exit_code_of("config", "show") == 0
+
+    out = capsys.readouterr().out
+    lines = [re.split(r" {2,}", line.strip()) for line in out.splitlines()]
+    assert ["router.index", "off", "env KVMESH_ROUTER__INDEX"] in lines
+    assert ["process.transports", "nixl,tcp", "env KVMESH_PROCESS__TRANSPORTS"] in lines
+    assert ["mesh.processes", "true", "env KVMESH_MESH__PROCESSES"] in lines
+    assert ["router.seed", "default"] in lines
+    assert ["mesh.node_names", "default"] in lines
+    assert not re.search(r"None|IndexMode|[(\[{]", out)
 
 
 def test_config_show_refuses_a_bad_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

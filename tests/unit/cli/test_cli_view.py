@@ -179,7 +179,18 @@ def test_an_explanation_has_a_column_per_term_and_tells_what_went_wrong() -> Non
     lines = [line.split() for line in rendered(explanation_view(explanation)).splitlines()]
 
     assert lines[0][:4] == ["worker", "cost", "decode_blocks", "overlap_blocks"]
-    assert lines[1] == ["B#1", "0.25", "0.25", "-", "chosen"]
+    assert lines[1] == ["B#1", "0.25", "0.25", "-", "-", "-", "chosen"]
     assert lines[2][:4] == ["B", "2", "-", "3"]
-    assert lines[4][:4] == ["most", "loads", "were", "stale,"]
-    assert lines[5][-3:] == ["mine", "raised", "KeyError"]
+    assert lines[5][:4] == ["most", "loads", "were", "stale,"]
+    assert lines[6][-3:] == ["mine", "raised", "KeyError"]
+
+
+def test_an_explanation_on_a_narrow_screen_breaks_the_names_of_its_terms() -> None:
+    explanation = router_pb2.Explanation(
+        worker_id="B", candidates=[router_pb2.CandidateExplanation(worker_id="B", terms={"decode_blocks": 0.25})]
+    )
+
+    lines = [line.split() for line in rendered(explanation_view(explanation, width=80)).splitlines()]
+
+    assert lines[0] == ["decode"]
+    assert lines[1][:3] == ["worker", "cost", "blocks"]

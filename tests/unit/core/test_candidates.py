@@ -1,6 +1,3 @@
-import random
-from collections.abc import Sequence
-
 import pytest
 
 from kvmesh.core.candidates import (
@@ -10,32 +7,11 @@ from kvmesh.core.candidates import (
     Scored,
     Selection,
     by_worker,
-    draw_least,
 )
 from kvmesh.core.errors import FixRequestError, Reason
 from kvmesh.core.ids import WorkerId, WorkerRank
 
 A, B, C = (WorkerRank(WorkerId(f"n/decode/{name}")) for name in "abc")
-
-
-def scored(costs: Sequence[float]) -> list[Scored]:
-    return [Scored(worker, cost) for worker, cost in zip((A, B, C, WorkerRank(WorkerId("d"))), costs, strict=False)]
-
-
-@pytest.mark.parametrize(("costs", "least"), [([5, 3, 7, 3.5], 3), ([-1, -5, 0], -5), ([4], 4), ([float("inf"), 9], 9)])
-def test_least_cost_is_drawn(costs: list[float], least: float) -> None:
-    drawn = draw_least(scored(costs), random.Random(1))
-
-    assert drawn.cost == least
-
-
-def test_ties_are_drawn_uniformly() -> None:
-    rng = random.Random(1)
-
-    drawn = [draw_least(scored([3, 9, 3]), rng).worker for _ in range(120)]
-
-    assert set(drawn) == {A, C}
-    assert 40 <= drawn.count(A) <= 80
 
 
 def test_candidates_are_ordered_by_name_then_rank() -> None:

@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 
+from kvmesh.core.candidate_columns import ListedField
 from kvmesh.core.candidates import Candidate, RoutingHints, RoutingQuery
 from kvmesh.core.eligibility import OverloadRules, filter_candidates
 from kvmesh.core.errors import BackOffError, FixRequestError, MeshError, Reason, TryElsewhereError
@@ -45,7 +46,12 @@ FLEET = (candidate(A, labels=EAST), candidate(B, labels=WEST), candidate(C))
         pytest.param({}, "abc", {}, id="no hints"),
         pytest.param({"pinned_worker": "b"}, "b", {"a": "b is pinned", "c": "b is pinned"}, id="pinned"),
         pytest.param({"allowed_workers": frozenset("ac")}, "ac", {"b": "not among the allowed workers"}, id="allowed"),
-        pytest.param({"excluded_workers": frozenset("a")}, "bc", {"a": "excluded by the request"}, id="excluded"),
+        pytest.param(
+            {"excluded_workers": frozenset("a")},
+            "bc",
+            {"a": "excluded by the request, or failed an earlier attempt"},
+            id="excluded",
+        ),
         pytest.param(
             {"required_labels": {"zone": "east"}},
             "a",
@@ -62,7 +68,7 @@ FLEET = (candidate(A, labels=EAST), candidate(B, labels=WEST), candidate(C))
     ],
 )
 def test_hints_narrow_the_field_and_say_why(hints: dict[str, Any], kept: str, reasons: dict[str, str]) -> None:
-    eligible = filter_candidates(query(**hints), FLEET)
+    eligible = filter_candidates(query(**hints), ListedField(FLEET))
 
     assert [each.worker.worker_id for each in eligible.candidates] == list(kept)
     assert {each.worker.worker_id: why for each, why in eligible.excluded} == reasons
@@ -71,7 +77,7 @@ def test_hints_narrow_the_field_and_say_why(hints: dict[str, Any], kept: str, re
 def test_pinned_rank_excludes_the_other_ranks() -> None:
     ranks = [candidate(WorkerRank(A.worker_id, rank)) for rank in range(3)]
 
-    eligible = filter_candidates(query(pinned_worker=A.worker_id, pinned_rank=1), ranks)
+    eligible = filter_candidates(query(pinned_worker=A.worker_id, pinned_rank=1), ListedField(ranks))
 
     assert [each.worker.rank for each in eligible.candidates] == [1]
     assert {why for _, why in eligible.excluded} == {"rank 1 is pinned"}
@@ -86,14 +92,14 @@ def test_pinned_rank_excludes_the_other_ranks() -> None:
     ],
 )
 def test_busy_stale_and_draining_workers_get_nothing(busy: Candidate, why: str) -> None:
-    eligible = filter_candidates(query(), [candidate(A), busy])
+    eligible = filter_candidates(query(), ListedField([candidate(A), busy]))
 
     assert [each.worker for each in eligible.candidates] == [A]
-    assert eligible.excluded == ((busy, why),)
+    assert tuple(eligible.excluded) == ((busy, why),)
 
 
 def test_session_goes_where_it_was_before_labels_are_preferred() -> None:
-    eligible = filter_candidates(query(preferred_labels={"zone": "east"}), FLEET, session_worker=C)
+    eligible = filter_candidates(query(preferred_labels={"zone": "east"}), ListedField(FLEET), session_worker=C)
 
     assert [each.worker for each in eligible.candidates] == [C]
     assert {why for _, why in eligible.excluded} == {"another holds the session"}
@@ -103,14 +109,14 @@ def test_session_goes_where_it_was_before_labels_are_preferred() -> None:
 def test_session_moves_when_its_worker_cannot_take_it(gone: Candidate | None) -> None:
     field = [candidate(A), *([gone] if gone else [])]
 
-    eligible = filter_candidates(query(), field, session_worker=B)
+    eligible = filter_candidates(query(), ListedField(field), session_worker=B)
 
     assert [each.worker for each in eligible.candidates] == [A]
 
 
 def test_labels_are_preferred_when_the_sessions_worker_is_gone() -> None:
     eligible = filter_candidates(
-        query(preferred_labels={"zone": "west"}), FLEET, session_worker=WorkerRank(WorkerId("z"))
+        query(preferred_labels={"zone": "west"}), ListedField(FLEET), session_worker=WorkerRank(WorkerId("z"))
     )
 
     assert [each.worker for each in eligible.candidates] == [B]
@@ -198,14 +204,14 @@ def test_error_names_what_excluded_everybody(
     field: list[Candidate], hints: dict[str, Any], error: type[MeshError], reason: Reason, names: str
 ) -> None:
     with pytest.raises(error, match=names) as caught:
-        filter_candidates(query(**hints), field)
+        filter_candidates(query(**hints), ListedField(field))
 
     assert caught.value.reason is reason
 
 
 def test_overload_says_when_to_come_back() -> None:
     with pytest.raises(BackOffError) as caught:
-        filter_candidates(query(), [OVERLOADED])
+        filter_candidates(query(), ListedField([OVERLOADED]))
 
     assert caught.value.retry_after_s == 1.0
 

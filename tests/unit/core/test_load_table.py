@@ -6,6 +6,7 @@ from kvmesh.core.errors import ConflictError, NotKnownError, Reason
 from kvmesh.core.ids import AttemptKey, Epoch, RequestId, RouterId, SequenceHash, WorkerId, WorkerRank
 from kvmesh.core.load_report import LoadReport, ReportOutcome, ReportResult, RouterLoad
 from kvmesh.core.load_table import LoadTable
+from kvmesh.core.prompt_blocks import PromptBlocks
 
 W0, W1 = (WorkerRank(WorkerId(f"n/decode/{number}")) for number in range(2))
 OURS, OTHER, THIRD = RouterId("router-1"), RouterId("router-2"), RouterId("router-3")
@@ -92,6 +93,55 @@ def test_output_and_unhashed_blocks_are_shared_with_nobody(table: LoadTable) -> 
     assert carried(table) == (8, 0)
     table.release(R1, now=1)
     assert carried(table) == (3, 0)
+
+
+@pytest.mark.parametrize(
+    ("added", "expected", "blocks_there"),
+    [
+        pytest.param([1], 4.0, 1, id="three quarters of a block, rounded up"),
+        pytest.param([2], 4.0, 2, id="0.75 + 0.5"),
+        pytest.param([1, 1, 1], 4.0, 2, id="0.75 + 0.5 + 0.25, in steps"),
+        pytest.param([9], 4.0, 2, id="beyond what was expected nothing is added"),
+        pytest.param([1], 0.5, 0, id="less than a block was expected"),
+        pytest.param([9], None, 9, id="nothing was expected"),
+    ],
+)
+def test_output_blocks_count_for_less_the_nearer_the_request_is_to_its_end(
+    table: LoadTable, added: list[int], expected: float | None, blocks_there: int
+) -> None:
+    table.reserve(R1, W0, block_hashes=(), prefill_tokens=0, expected_output_blocks=expected, now=0)
+
+    for count in added:
+        table.add_output_blocks(R1, count, now=1)
+
+    assert carried(table) == (blocks_there, 0)
+    table.release(R1, now=1)
+    assert carried(table) == (0, 0)
+
+
+def test_parts_of_output_blocks_are_rounded_once_for_all_requests_of_a_worker(table: LoadTable) -> None:
+    for key in (R1, R2, R3):
+        table.reserve(key, W0, block_hashes=(), prefill_tokens=0, expected_output_blocks=1.5, now=0)
+        table.add_output_blocks(key, 1, now=1)
+
+    assert carried(table) == (1, 0)
+
+
+def test_blocks_of_prompts_hashed_from_tokens_are_shared_like_any_others(table: LoadTable) -> None:
+    prompts = [PromptBlocks.of_local(locals_, 4) for locals_ in ([1, 2, 3], [1, 2, 9], [8, 2, 3])]
+
+    for key, prompt in zip((R1, R2, R3), prompts, strict=True):
+        table.reserve(key, W0, block_hashes=prompt, prefill_tokens=0, now=0)
+
+    assert carried(table) == (3 + 1 + 3, 0)
+    assert table.active_prefix_blocks(W0, PromptBlocks.of_local([1, 2, 7], 4)) == 2
+    assert reserve_again(table, R1, prompts[0]) == 1
+    with pytest.raises(ConflictError):
+        reserve_again(table, R1, prompts[1])
+
+
+def reserve_again(table: LoadTable, key: AttemptKey, prompt: PromptBlocks) -> int:
+    return table.reserve(key, W0, block_hashes=PromptBlocks.of_local(prompt.local or (), 4), prefill_tokens=0, now=1)
 
 
 def test_release_is_idempotent_for_300_s_and_then_the_key_is_unknown(table: LoadTable) -> None:

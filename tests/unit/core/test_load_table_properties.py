@@ -1,7 +1,9 @@
 """Random programs run on the load table and on a naive twin, which recounts everything, must not be told apart."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,6 +31,8 @@ class Booked:
     unhashed: int
     seen_at: float
     content: object
+    expected: float | None = None
+    output: int = 0
     shown: bool = False
     accepted: int | None = None
 
@@ -63,9 +67,10 @@ class NaiveLoadTable:
         block_hashes: Sequence[SequenceHash],
         prefill_tokens: int,
         unhashed_blocks: int,
+        expected_output_blocks: float | None,
         now: float,
     ) -> int:
-        content = (worker, block_hashes, prefill_tokens, unhashed_blocks)
+        content = (worker, block_hashes, prefill_tokens, unhashed_blocks, expected_output_blocks)
         if key in self.booked and self.booked[key].content == content:
             return self.booked[key].number
         if key in self.booked or now - self.ended_at.get(key, NEVER) <= RELEASED_TTL_S:
@@ -73,7 +78,16 @@ class NaiveLoadTable:
         if worker not in self.epochs:
             raise NotKnownError(Reason.NOT_FOUND, "")
         self.last_number += 1
-        self.booked[key] = Booked(self.last_number, worker, block_hashes, prefill_tokens, unhashed_blocks, now, content)
+        self.booked[key] = Booked(
+            self.last_number,
+            worker,
+            block_hashes,
+            prefill_tokens,
+            unhashed_blocks,
+            now,
+            content,
+            expected=expected_output_blocks,
+        )
         return self.last_number
 
     def complete_prefill(self, key: AttemptKey, *, now: float) -> None:
@@ -84,7 +98,7 @@ class NaiveLoadTable:
     def add_output_blocks(self, key: AttemptKey, count: int, *, now: float) -> None:
         booking = self._find(key, now)
         if booking is not None:
-            booking.unhashed += count
+            booking.output += count
 
     def acknowledge(self, key: AttemptKey, accepted_load_sequence: int, *, now: float) -> bool:
         booking = self._find(key, now)
@@ -126,6 +140,7 @@ class NaiveLoadTable:
             sum(b.prefill_tokens for b in here) + sum(load.prefill_tokens for load in reported),
             len({block for b in here for block in b.chain})
             + sum(b.unhashed for b in here)
+            + math.ceil(sum(weight_of_output(b) for b in here))
             + sum(load.decode_blocks for load in reported),
         )
 
@@ -159,6 +174,19 @@ class NaiveLoadTable:
         return booking.number not in report.reservation_ids and (booking.shown or is_newer)
 
 
+def weight_of_output(booking: Booked) -> Fraction:
+    """Recount block by block, exactly."""
+    if booking.expected is None:
+        return Fraction(booking.output)
+    return sum(
+        (
+            max(1 - Fraction(produced) / Fraction(booking.expected), Fraction(0))
+            for produced in range(1, booking.output + 1)
+        ),
+        Fraction(0),
+    )
+
+
 def chain_of(path: Sequence[int]) -> tuple[SequenceHash, ...]:
     """A number for every prefix of a path: equal prefixes, and only they, have the same."""
     return tuple(SequenceHash(int("1" + "".join(map(str, path[: end + 1])))) for end in range(len(path)))
@@ -187,6 +215,7 @@ class Step:
     worker: WorkerRank
     chain: tuple[SequenceHash, ...]
     number: int
+    expected: float | None
     report: LoadReport
     passes_s: float
 
@@ -204,6 +233,7 @@ STEPS = st.lists(
         worker=st.sampled_from(WORKERS),
         chain=CHAINS,
         number=st.integers(0, 12),
+        expected=st.sampled_from([None, None, 4.0, 2.0, 0.5]),
         report=REPORTS,
         passes_s=st.sampled_from([0.0, 0.0, 0.0, 1.0, 10.0, 150.0]),
     ),
@@ -220,6 +250,7 @@ def run(table: LoadTable | NaiveLoadTable, step: Step, *, now: float) -> object:
                 block_hashes=step.chain,
                 prefill_tokens=16 * step.number,
                 unhashed_blocks=step.number % 3,
+                expected_output_blocks=step.expected,
                 now=now,
             )
         case "report":

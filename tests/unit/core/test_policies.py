@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from kvmesh.core.candidates import Candidate, CostOverrides, RoutingHints, RoutingQuery, Selection
 from kvmesh.core.errors import FixRequestError, Reason
 from kvmesh.core.ids import WorkerId, WorkerRank
-from kvmesh.core.policies.kv_aware import CostKnobs, ImbalanceGuard, KvAware, softmax_weights
+from kvmesh.core.policies.cost_choice import ImbalanceGuard, softmax_weights
+from kvmesh.core.policies.kv_aware import CostKnobs, KvAware
 from kvmesh.core.policies.least_loaded import LeastLoaded
 from kvmesh.core.policies.policy import BUILTIN_POLICIES, Policy, build_policy, name_of
 from kvmesh.core.policies.prompt_similarity import PromptSimilarity
@@ -386,7 +387,9 @@ def test_similarity_without_text_is_refused() -> None:
     assert caught.value.field == "prompt_text"
 
 
-@pytest.mark.parametrize("name", ["kv_aware", "round_robin", "random", "least_loaded", "prompt_similarity"])
+@pytest.mark.parametrize(
+    "name", ["kv_aware", "least_work", "round_robin", "random", "least_loaded", "prompt_similarity"]
+)
 def test_built_in_policy_is_made_by_its_name(name: str) -> None:
     policy = build_policy(name)
 
@@ -398,7 +401,7 @@ def test_built_in_policy_is_made_by_its_name(name: str) -> None:
     ("name", "hint"),
     [
         ("roundrobin", "the nearest is round_robin"),
-        ("vllm", "known: kv_aware, round_robin, random, least_loaded, prompt_similarity"),
+        ("vllm", "known: kv_aware, least_work, round_robin, random, least_loaded, prompt_similarity"),
     ],
 )
 def test_unknown_policy_is_refused_with_a_close_name_or_with_all(name: str, hint: str) -> None:

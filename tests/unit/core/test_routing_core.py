@@ -1,21 +1,26 @@
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
-from kvmesh.core.candidates import CostOverrides, RoutingHints, RoutingQuery, Scored, Selection
+from kvmesh.core.approximate_index import ApproximateIndex
+from kvmesh.core.candidates import Candidate, CostOverrides, RoutingHints, RoutingQuery, Scored, Selection
 from kvmesh.core.eligibility import OverloadRules
 from kvmesh.core.errors import BackOffError, ConflictError, FixRequestError, NotKnownError, Reason, TryElsewhereError
 from kvmesh.core.hashing import sequence_hashes
 from kvmesh.core.ids import AttemptKey, Epoch, RequestId, RouterId, WorkerId, WorkerRank
+from kvmesh.core.index_port import IndexMode
 from kvmesh.core.load_report import LoadReport, ReportOutcome, RouterLoad
 from kvmesh.core.policies.kv_aware import CostKnobs, KvAware
 from kvmesh.core.policies.policy import Policy
 from kvmesh.core.policies.prompt_similarity import PromptSimilarity
 from kvmesh.core.policies.round_robin import RoundRobin
 from kvmesh.core.prefix_index import StoreResult
+from kvmesh.core.prompt_blocks import PromptBlocks
 from kvmesh.core.remote_prefill import RemotePrefillReason, RemotePrefillRules
 from kvmesh.core.roster import RosterOutcome, WorkerRecord, WorkerRole
 from kvmesh.core.routing import RoutingCore, RoutingRules
@@ -128,6 +133,19 @@ def test_blocks_active_by_bookings_are_not_counted_again() -> None:
 
     assert (selection.candidates[0].active_blocks, selection.candidates[0].new_blocks) == (4, 2)
     assert selection.candidates[0].decode_blocks == 6
+
+
+@pytest.mark.parametrize("identity", [{"lora": "adapter-a"}, {"cache_namespace": "tenant-a"}])
+def test_same_tokens_under_another_lora_or_namespace_share_nothing(identity: dict[str, Any]) -> None:
+    router = core(A, B)
+    tokens = np.arange(64, dtype=np.uint32)
+    plain, other = PromptBlocks.of_tokens(tokens, 16), PromptBlocks.of_tokens(tokens, 16, **identity)
+    for worker, blocks in ((A, plain), (B, other)):
+        router.apply_kv_stored(worker, EPOCH, parent=None, block_hashes=blocks, local_hashes=blocks.local, now=0)
+
+    selections = [router.select(replace(query(), block_hashes={16: blocks}), now=1) for blocks in (plain, other)]
+
+    assert [(selection.worker, selection.overlap_blocks) for selection in selections] == [(A, 3), (B, 3)]
 
 
 def test_worker_of_another_block_size_is_cold_and_counts_its_own_blocks() -> None:
@@ -286,6 +304,18 @@ def test_progress_moves_the_booked_load() -> None:
     assert loads == [RouterLoad(1, 64, 4), RouterLoad(1, 64, 6), RouterLoad(1, 0, 6), RouterLoad(1, 0, 6)]
 
 
+def test_output_of_a_request_of_known_length_counts_for_less_towards_its_end() -> None:
+    router = core(A)
+    router.reserve(key(1), replace(query(), expected_output_tokens=64), now=1)
+    blocks = []
+
+    for _ in range(4):
+        router.report_progress(key(1), output_blocks=1, now=1)
+        blocks.append(router.workers(now=1)[0].load.decode_blocks)
+
+    assert blocks == [5, 6, 6, 6]  # 4 of the prompt, and 0.75, 1.25, 1.5 and 1.5, rounded up
+
+
 def test_booking_that_reports_miss_is_ended_and_its_answer_forgotten() -> None:
     router = core(A)
     router.reserve(key(1), query(), now=1)
@@ -420,6 +450,21 @@ def test_staleness_of_most_workers_is_our_fault_and_ignored() -> None:
     ]
 
 
+def test_staleness_counts_while_just_half_of_a_role_is_stale_whoever_serves_the_model() -> None:
+    router = core(A, B)
+    router.put_worker(record(C, models=("n",)), now=0)
+    router.put_worker(record(WorkerRank(WorkerId("n/decode/d")), models=("n",)), now=3)
+    router.apply_load(B, report(1, at=3), now=3)
+
+    half = router.select(query(), now=3.5)
+    router.apply_load(C, report(1, at=4), now=4)
+    fewer = router.select(query(), now=4.5)
+    most = router.select(query(), now=6.5)
+
+    assert [half.worker, fewer.worker] == [B, B]
+    assert [each.is_staleness_ignored for each in (half, fewer, most)] == [False, False, True]
+
+
 def test_degraded_index_counts_for_nothing_until_it_is_reset() -> None:
     router = core(A, B)
     hold(router, A, query())
@@ -445,6 +490,16 @@ def test_session_stays_on_its_worker_while_that_may_be_chosen() -> None:
     assert later == [home] * 4
     assert len(set(moved)) == 1
     assert moved[0] != home
+
+
+def test_session_is_free_again_some_time_after_its_last_booking() -> None:
+    router = core(A, B, rules=RoutingRules(session_ttl_s=10))
+    hold(router, B, query())
+    router.reserve(key(1), query(session_id="s", pinned_worker=A.worker_id), now=1)
+
+    picks = [router.select(query(session_id="s"), now=now).worker for now in (11, 11.5)]
+
+    assert picks == [A, B]
 
 
 def test_sessions_are_bounded_and_of_one_model_and_role() -> None:
@@ -589,6 +644,67 @@ def test_a_queue_is_no_worker_to_route_to() -> None:
     assert router.block_sizes("m") == {16}
 
 
+# --- where knowledge of caches comes from ----------------------------------------------------------------------------
+
+
+def test_with_the_index_off_overlap_is_0_everywhere() -> None:
+    router = core(A, B, rules=RoutingRules(index_mode=IndexMode.OFF))
+    hold(router, A, query())
+    router.reserve(key(1), query(), now=1)
+
+    assert router.overlaps(query()) == {A: 0, B: 0}
+    assert router.select(query(), now=1).overlap_blocks == 0
+    assert (router.dump_index(), router.index_stats.pairs) == ((), 0)
+
+
+def test_approximate_index_knows_what_was_booked_until_that_is_too_old() -> None:
+    router = RoutingCore(US, policy=KvAware(), rng=random.Random(1), index=ApproximateIndex(ttl_s=100))
+    for worker in (A, B):
+        router.put_worker(record(worker), now=0)
+    hold(router, B, query())
+
+    router.select(query(), now=1)
+    before = router.overlaps(query())
+    home = router.reserve(key(1), query(pinned_worker=A.worker_id), now=1)
+    router.release(key(1), now=2)
+    after, again = router.overlaps(query()), router.select(query(), now=2)
+    router.expire(now=102)
+
+    assert home.overlap_blocks == 0
+    assert (before, after) == ({A: 0, B: 0}, {A: 4, B: 0})
+    assert (again.worker, again.overlap_blocks) == (A, 3)
+    assert router.overlaps(query()) == {A: 0, B: 0}
+
+
+def test_approximate_index_forgets_a_worker_that_is_gone() -> None:
+    router = core(A, rules=RoutingRules(index_mode=IndexMode.APPROXIMATE))
+    router.reserve(key(1), query(), now=1)
+
+    router.put_worker(record(A, Epoch(8)), now=2)
+
+    assert router.overlaps(query()) == {A: 0}
+
+
+# --- what is measured -------------------------------------------------------------------------------------------------
+
+
+def test_every_stage_of_a_decision_is_measured_when_there_is_a_timer() -> None:
+    seen: list[tuple[str, float]] = []
+    ticks = iter([10.0, 11.0, 13.0, 17.0, 18.0])
+    router = RoutingCore(
+        US,
+        policy=KvAware(),
+        rng=random.Random(1),
+        timer=lambda: next(ticks),
+        observe_stages=lambda stage, seconds: seen.append((stage, seconds)),
+    )
+    router.put_worker(record(A), now=0)
+
+    router.reserve(key(1), query(), now=1)
+
+    assert seen == [("match", 1.0), ("load", 2.0), ("select", 4.0), ("total", 8.0)]
+
+
 # --- the estimate of a remote prefill ---------------------------------------------------------------------------------
 
 REMOTE = RoutingRules(remote_prefill=RemotePrefillRules(min_uncached_tokens=32))
@@ -639,7 +755,7 @@ class Custom:
         self._fault = fault
 
     def select(self, query: RoutingQuery, candidates: Sequence[object], rng: random.Random) -> Selection | WorkerRank:
-        if isinstance(self._answer, Exception):
+        if isinstance(self._answer, BaseException):
             raise self._answer
         return self._answer  # type: ignore[return-value]  # anything may come from outside
 
@@ -664,6 +780,7 @@ def test_policy_may_answer_with_a_bare_worker() -> None:
     ("answer", "why"),
     [
         pytest.param(ZeroDivisionError("oops"), "Custom raised ZeroDivisionError('oops')", id="raises"),
+        pytest.param(SystemExit("bye"), "Custom raised SystemExit('bye')", id="exits"),
         pytest.param(FixRequestError(Reason.INVALID_FIELD, "no"), "Custom raised FixRequestError", id="refuses"),
         pytest.param(C, "which is no candidate", id="names a stranger"),
         pytest.param(None, "named None, which is no candidate", id="names nobody"),
@@ -672,6 +789,11 @@ def test_policy_may_answer_with_a_bare_worker() -> None:
             Selection(worker=A, policy="x", scores=(None,)),  # type: ignore[arg-type]  # on purpose
             "Custom raised AttributeError",
             id="scores that cannot be read",
+        ),
+        pytest.param(
+            Selection(worker=A, policy="x", scores=(Scored(A, 1.0), Scored(B, math.nan))),
+            f"Custom gave {B.worker_id} a cost of nan",
+            id="a cost that nothing compares with",
         ),
     ],
 )
@@ -686,13 +808,27 @@ def test_policy_that_fails_is_replaced_by_the_least_cost_and_that_is_said(answer
     assert reservation.selection.policy == "kv_aware"
 
 
+def test_policy_may_leave_the_choice_among_some_to_another() -> None:
+    class AllButTheFirst:
+        def select(self, query: RoutingQuery, candidates: Sequence[Candidate], rng: random.Random) -> Selection:
+            return KvAware().select(query, candidates[1:], rng)
+
+    router = core(A, B, C, policy=AllButTheFirst())
+    hold(router, C, query(), blocks=3)
+
+    selection = router.select(query(), now=1)
+
+    assert (selection.worker, selection.cost, selection.overlap_blocks) == (C, 4 - 3 + 4, 3)
+    assert [(verdict.candidate.worker, verdict.cost) for verdict in selection.explain()] == [(C, 5), (B, 8), (A, None)]
+
+
 def test_policy_that_fails_to_learn_or_forget_breaks_nothing() -> None:
     router = core(A, policy=Custom(A, fault=RuntimeError("full")))
 
     reservation = router.reserve(key(1), query(), now=1)
     change = router.remove_worker(A.worker_id, EPOCH, now=1)
 
-    assert "booked raised RuntimeError('full')" in reservation.selection.note
+    assert reservation.selection.note == "booked raised RuntimeError('full')"
     assert change.policy_fault == "forget_worker raised RuntimeError('full')"
     assert change.released == (key(1),)
 

@@ -29,7 +29,7 @@ def test_defaults_are_a_loopback_mesh_of_two_decode_workers_and_one_prefill_work
     assert (settings.mesh.decode, settings.mesh.prefill) == (2, 1)
     assert (settings.http.host, settings.http.port) == ("127.0.0.1", 8000)
     assert (settings.grpc.host, settings.grpc.port) == ("127.0.0.1", 50051)
-    assert (settings.engine.name, settings.router.policy) == ("echo", "kv_aware")
+    assert (settings.engine.name, settings.router.policy) == ("echo", "least_work")
 
 
 def test_settings_made_in_code_do_not_read_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

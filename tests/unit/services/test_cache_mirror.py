@@ -85,20 +85,98 @@ def test_delta_that_is_not_newer_is_not_taken_twice(mirrored: Mirrored) -> None:
     assert (mirrored.depth(1), mirrored.mirror.position) == (0, 5)
 
 
-def test_unknown_parent_asks_for_a_snapshot_but_seldom(mirrored: Mirrored) -> None:
+def test_unknown_parent_asks_for_a_snapshot_and_degrades_the_rank_meanwhile(mirrored: Mirrored) -> None:
     refused = telemetry.KV_EVENTS_REFUSED.labels(reason="unknown_parent")
-    before = refused._value.get()
+    refused_before, degraded_before = refused._value.get(), telemetry.INDEX_DEGRADED._value.get()
+    mirrored.take(1, stored(1, 2), snapshot=True, snapshot_complete=True)
+
+    taken = mirrored.take(2, stored(9, parent=8), now=1.0)
+    meanwhile = (mirrored.mirror.position, mirrored.mirror.open_from, mirrored.depth(1, 2))
+    degraded_meanwhile = telemetry.INDEX_DEGRADED._value.get()
+    mirrored.take(2, stored(1, 2), snapshot=True, snapshot_complete=True, now=1.1)
+
+    assert not taken
+    assert meanwhile == (None, 1.0, 0)  # at once, and routed by load until then
+    assert mirrored.depth(1, 2) == 2
+    assert refused._value.get() - refused_before == 1
+    assert (degraded_meanwhile - degraded_before, telemetry.INDEX_DEGRADED._value.get() - degraded_before) == (1, 0)
+
+
+def test_recovery_under_churn_waits_until_the_last_one_is_long_ago(mirrored: Mirrored) -> None:
+    opened = []
     mirrored.take(1, snapshot=True, snapshot_complete=True)
 
-    first = mirrored.take(2, stored(9, parent=8), now=1.0)
-    asked_from = mirrored.mirror.position
-    mirrored.take(2, snapshot=True, snapshot_complete=True, now=1.0)
-    soon = mirrored.take(3, stored(9, parent=8), now=1.0 + RESYNC_S / 2)
-    later = mirrored.take(4, stored(9, parent=8), now=1.0 + RESYNC_S)
+    for now in (1.0, 2.0, 1.0 + RESYNC_S + 1.0, 1000.0):
+        mirrored.take(2, stored(9, parent=8), now=now)
+        opened.append(mirrored.mirror.open_from)
+        mirrored.take(1, snapshot=True, snapshot_complete=True, now=mirrored.mirror.open_from)
 
-    assert (first, soon, later) == (False, True, False)
-    assert asked_from is None
-    assert refused._value.get() - before == 3
+    assert opened == [1.0, 1.0 + RESYNC_S, 1.0 + 2 * RESYNC_S, 1000.0]
+
+
+def test_mirror_of_a_new_incarnation_does_not_wait(mirrored: Mirrored) -> None:
+    mirrored.take(1, snapshot=True, snapshot_complete=True)
+    mirrored.take(2, stored(9, parent=8), now=1.0)
+
+    fresh = CacheMirror(mirrored.core, WORKER, Epoch(2), block_size=4)
+
+    assert fresh.open_from < 0.0
+
+
+def test_delta_that_does_not_follow_on_is_a_gap(mirrored: Mirrored) -> None:
+    gaps = telemetry.INDEX_GAPS.labels(cause="missed")
+    before = gaps._value.get()
+    mirrored.take(5, stored(1), snapshot=True, snapshot_complete=True)
+
+    follows = mirrored.take(7, stored(2, parent=1), after_sequence=5)
+    skips = mirrored.take(9, stored(3, parent=2), after_sequence=8)
+
+    assert (follows, skips) == (True, False)
+    assert mirrored.mirror.position is None
+    assert mirrored.depth(1, 2) == 0
+    assert gaps._value.get() - before == 1
+
+
+def test_snapshot_in_the_midst_of_deltas_is_taken_once_and_then_only_after_the_wait(mirrored: Mirrored) -> None:
+    mirrored.take(5, stored(1), snapshot=True, snapshot_complete=True)
+
+    first = mirrored.take(3000, stored(2), snapshot=True, snapshot_complete=True, now=1.0)
+    later_event = mirrored.take(3001, stored(3, parent=2), after_sequence=3000, now=1.0)
+    depth_after_first = mirrored.depth(2, 3)
+    second = mirrored.take(6000, stored(4), snapshot=True, snapshot_complete=True, now=2.0)
+    depth_meanwhile = mirrored.depth(2, 3)
+    third = mirrored.take(7000, stored(5), snapshot=True, snapshot_complete=True, now=mirrored.mirror.open_from)
+
+    assert (first, later_event, second, third) == (True, True, False, True)
+    assert (depth_after_first, depth_meanwhile, mirrored.depth(5)) == (2, 0, 1)
+    assert mirrored.mirror.open_from == 1.0 + RESYNC_S
+    assert mirrored.mirror.position == 7000
+
+
+def test_drift_ends_the_stream_and_asks_for_a_snapshot_but_not_twice(mirrored: Mirrored) -> None:
+    ended: list[None] = []
+    mirrored.mirror.on_drift = lambda: ended.append(None)
+    mirrored.take(5, stored(1), snapshot=True, snapshot_complete=True)
+
+    mirrored.mirror.drifted(now=1.0)
+    mirrored.mirror.drifted(now=2.0)
+    meanwhile = (mirrored.mirror.position, mirrored.mirror.open_from, mirrored.depth(1))
+    mirrored.take(5, stored(1), snapshot=True, snapshot_complete=True, now=3.0)
+
+    assert ended == [None]
+    assert meanwhile == (None, 1.0, 0)
+    assert mirrored.depth(1) == 1
+
+
+def test_closed_mirror_does_not_count_as_degraded(mirrored: Mirrored) -> None:
+    before = telemetry.INDEX_DEGRADED._value.get()
+    mirrored.take(1, snapshot=True, snapshot_complete=True)
+    mirrored.take(2, stored(9, parent=8))
+
+    mirrored.mirror.close()
+    mirrored.mirror.close()
+
+    assert telemetry.INDEX_DEGRADED._value.get() == before
 
 
 def test_blocks_of_another_size_and_unknown_changes_are_refused_and_counted(mirrored: Mirrored) -> None:

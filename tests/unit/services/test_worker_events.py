@@ -88,11 +88,16 @@ async def test_known_position_is_answered_with_what_followed_it(
 
 
 @pytest.mark.parametrize(
-    ("position", "epoch"),
-    [pytest.param(1, 1, id="older than the ring"), pytest.param(9, 1, id="beyond the newest"), (5, 2)],
+    ("position", "epoch", "cause"),
+    [
+        pytest.param(None, 1, "NO_POSITION", id="no position"),
+        pytest.param(1, 1, "FELL_BEHIND", id="older than the ring"),
+        pytest.param(9, 1, "BEYOND_NEWEST", id="beyond the newest"),
+        pytest.param(5, 2, "OTHER_EPOCH", id="of another incarnation"),
+    ],
 )
-async def test_unknown_position_is_answered_with_a_snapshot(
-    worker: ScriptedWorker, stub: "WorkerEventsAsyncStub", position: int, epoch: int
+async def test_unknown_position_is_answered_with_a_snapshot_that_says_why(
+    worker: ScriptedWorker, stub: "WorkerEventsAsyncStub", position: int | None, epoch: int, cause: str
 ) -> None:
     for number in range(1, 7):
         worker.events.publish_kv([stored(number)])
@@ -101,7 +106,95 @@ async def test_unknown_position_is_answered_with_a_snapshot(
     message = await _next(stub.WatchKvEvents(request, timeout=WAIT_S))
 
     assert (message.snapshot, message.snapshot_complete, message.sequence) == (True, True, 6)
+    assert message.snapshot_cause == worker_events_pb2.SnapshotCause.Value(f"SNAPSHOT_CAUSE_{cause}")
     assert {key for event in message.events for key in event.stored.block_hashes} == {1, 2, 3, 4, 5, 6}
+
+
+async def test_range_inside_the_ring_is_answered_with_exactly_its_events(
+    worker: ScriptedWorker, stub: "WorkerEventsAsyncStub"
+) -> None:
+    for number in range(1, 7):
+        worker.events.publish_kv([stored(number)])
+
+    messages = [message async for message in watch(stub, from_sequence=3, to_sequence=5)]
+
+    assert [(message.snapshot, message.after_sequence, message.sequence) for message in messages] == [(False, 3, 5)]
+    assert [list(event.stored.block_hashes) for event in messages[0].events] == [[4], [5]]
+
+
+async def test_range_that_has_not_happened_yet_is_waited_for(
+    worker: ScriptedWorker, stub: "WorkerEventsAsyncStub"
+) -> None:
+    call = watch(stub, to_sequence=2)
+    keys = []
+
+    async for message in call:
+        if message.snapshot:
+            for number in (1, 2, 3):
+                worker.events.publish_kv([stored(number)])
+        keys += [key for event in message.events for key in event.stored.block_hashes]
+
+    assert keys == [1, 2]
+
+
+async def test_empty_range_ends_at_once(worker: ScriptedWorker, stub: "WorkerEventsAsyncStub") -> None:
+    worker.events.publish_kv([stored(1)])
+
+    assert [message async for message in watch(stub, from_sequence=1, to_sequence=1)] == []
+
+
+async def test_range_that_ends_before_it_starts_is_refused(stub: "WorkerEventsAsyncStub") -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await _next(watch(stub, from_sequence=5, to_sequence=4))
+
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_deltas_say_what_they_follow_and_how_long_they_waited(
+    worker: ScriptedWorker, stub: "WorkerEventsAsyncStub"
+) -> None:
+    call = watch(stub, min_interval=duration(0.2))
+    snapshot = await _next(call)
+
+    worker.events.publish_kv([stored(1)])
+    first = await _next(call)
+    worker.events.publish_kv([stored(2)])
+    second = await _next(call)
+
+    assert not snapshot.HasField("after_sequence")
+    assert not snapshot.HasField("waited")
+    assert [message.after_sequence for message in (first, second)] == [0, 1]
+    assert 0.0 < first.waited.ToTimedelta().total_seconds() < WAIT_S
+
+
+async def test_slow_reader_gets_a_snapshot_once_it_is_behind_the_ring(
+    worker: ScriptedWorker, stub: "WorkerEventsAsyncStub"
+) -> None:
+    blocks = 20_000  # of one batch: a connection does not hold many of them for who does not read
+    batches = 10
+    held: set[int] = set()
+    causes: set[int] = set()
+    call = watch(stub, min_interval=duration(0.001))
+    await _next(call)
+
+    for number in range(batches):
+        first = 1 + number * blocks
+        worker.events.publish_kv([stored(*range(first, first + blocks))])
+        worker.events.publish_kv([BlocksRemoved(tuple(map(SequenceHash, range(first + 1, first + blocks))))])
+        await asyncio.sleep(0)
+    is_current = False
+    while not is_current:
+        message = await _next(call)
+        if message.snapshot and not causes:
+            causes.add(message.snapshot_cause)
+            held.clear()
+        for event in message.events:
+            held.update(event.stored.block_hashes)
+            held.difference_update(event.removed.block_hashes)
+        is_current = message.sequence == 2 * batches and (message.snapshot_complete or not message.snapshot)
+
+    assert causes == {worker_events_pb2.SNAPSHOT_CAUSE_FELL_BEHIND}
+    assert held == {1 + number * blocks for number in range(batches)}
 
 
 async def test_ranks_are_told_apart_and_an_unknown_one_is_refused(
@@ -150,6 +243,35 @@ async def test_load_comes_at_once_and_when_it_changes(worker: ScriptedWorker, st
     assert [(rank.rank, rank.active_requests, rank.max_requests) for rank in second.ranks] == [(0, 1, 8), (1, 1, 8)]
     assert list(second.ranks[0].shares) == [share]
     assert list(second.reservation_ids) == [7]
+
+
+async def test_slow_reader_of_loads_gets_the_newest_and_not_what_was_in_between(
+    worker: ScriptedWorker, stub: "WorkerEventsAsyncStub"
+) -> None:
+    request = worker_events_pb2.WatchLoadRequest(min_interval=duration(0.3))
+    call = stub.WatchLoad(request, timeout=WAIT_S)
+    first = await _next(call)
+
+    for number in range(1, 101):
+        worker.say(load=EngineLoad(waiting_requests=number))
+    second = await _next(call)
+
+    assert [rank.waiting_requests for rank in second.ranks] == [100, 100]
+    assert second.sequence == first.sequence + 100
+    assert second.epoch == 1
+
+
+async def test_load_sequence_begins_anew_with_a_new_epoch_only(
+    worker: ScriptedWorker, stub: "WorkerEventsAsyncStub"
+) -> None:
+    worker.say(load=EngineLoad(waiting_requests=1))
+    first = await _next(stub.WatchLoad(worker_events_pb2.WatchLoadRequest(), timeout=WAIT_S))
+
+    again = await _next(stub.WatchLoad(worker_events_pb2.WatchLoadRequest(), timeout=WAIT_S))
+
+    assert (first.sequence, first.epoch) == (2, 1)
+    assert again.sequence >= first.sequence  # who watches again is not taken back
+    assert [rank.waiting_requests for rank in again.ranks] == [1, 1]
 
 
 async def test_reservations_of_others_are_not_shown(worker: ScriptedWorker, stub: "WorkerEventsAsyncStub") -> None:

@@ -248,7 +248,7 @@ def test_openai_body_has_the_shape_its_clients_parse() -> None:
 def test_openai_body_of_a_lost_worker_is_the_servers_fault() -> None:
     assert error_catalog.openai_error(TryElsewhereError(Reason.WORKER_LOST, SECRET)) == {
         "error": {
-            "message": "The worker that served this request is gone: retry.",
+            "message": "Whoever was to serve this request is gone or does not answer: retry.",
             "type": "server_error",
             "param": None,
             "code": "worker_lost",

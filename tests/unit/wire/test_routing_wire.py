@@ -1,15 +1,18 @@
 """Queries, progress and answers of the router, between protobuf and core."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from kvmesh.core.candidates import Candidate, RoutingQuery, Scored, Selection, Terms
+from kvmesh.core.candidates import Candidate, RoutingHints, RoutingQuery, Scored, Selection, Terms
 from kvmesh.core.errors import FixRequestError, Reason
 from kvmesh.core.ids import AttemptKey, Epoch, RequestId, WorkerId, WorkerRank
+from kvmesh.core.prompt_blocks import PromptBlocks
+from kvmesh.core.remote_prefill import RemotePrefillDecision, RemotePrefillReason
 from kvmesh.core.roster import WorkerRecord
 from kvmesh.v1 import generation_pb2, router_pb2
-from kvmesh.wire.routing import Progress, key_from_proto, progress_from_proto, query_from_proto
+from kvmesh.wire.routing import Progress, key_from_proto, progress_from_proto, query_from_proto, query_to_proto
 from kvmesh.wire.routing_answers import explanation_to_proto, selected_worker_to_proto
 
 SEQUENCE_OF_64 = (15310707395893867146, 13769157705258532664, 11879827756109914528, 3888788807566526800)
@@ -24,11 +27,26 @@ def tokens(*ids: int) -> generation_pb2.TokenIds:
     return generation_pb2.TokenIds(token_ids=ids)
 
 
+def local_hashes(query: RoutingQuery, block_size: int) -> tuple[int, ...]:
+    blocks = query.block_hashes[block_size]
+    assert isinstance(blocks, PromptBlocks)
+    assert blocks.local is not None
+    return blocks.local
+
+
 def test_tokens_are_counted_and_hashed_for_every_block_size() -> None:
     query = query_from_proto(proto(token_ids=tokens(*range(64)), prompt_tokens=9), block_sizes={16, 64})
 
     assert query.prompt_tokens == 64
     assert query.block_hashes == {16: SEQUENCE_OF_64, 64: (3480597578098033343,)}
+
+
+def test_packed_tokens_are_the_same_tokens() -> None:
+    packed = b"".join(token.to_bytes(4, "little") for token in range(64))
+
+    query = query_from_proto(proto(packed_token_ids=packed), block_sizes={16})
+
+    assert (query.prompt_tokens, query.block_hashes) == (64, {16: SEQUENCE_OF_64})
 
 
 def test_lora_and_cache_namespace_are_part_of_the_identity() -> None:
@@ -47,6 +65,45 @@ def test_text_is_hashed_over_its_utf8_bytes() -> None:
     assert of_text.prompt_tokens == 3
     assert of_text.block_hashes == of_bytes.block_hashes
     assert of_text.prompt_text == "é="
+
+
+def test_what_a_block_shows_is_part_of_its_identity() -> None:
+    image = router_pb2.MultimodalSpan(first_token=0, token_count=1, content_hash=42)
+
+    query = query_from_proto(proto(token_ids=tokens(0, 1, 2, 3), multimodal=[image]), block_sizes={2})
+
+    assert local_hashes(query, 2) == (6100948656312251355, 10731123482949079648)
+
+
+def test_an_image_over_a_boundary_belongs_to_both_blocks() -> None:
+    image = router_pb2.MultimodalSpan(first_token=1, token_count=2, content_hash=42)
+    plain, shown = (
+        local_hashes(query_from_proto(proto(token_ids=tokens(*range(6)), multimodal=spans), block_sizes={2}), 2)
+        for spans in ([], [image])
+    )
+
+    same = [a == b for a, b in zip(plain, shown, strict=True)]
+
+    assert same == [False, False, True]
+
+
+def test_local_hashes_name_the_same_blocks_as_the_sequence_hashes_made_of_them() -> None:
+    hashes = router_pb2.BlockHashes(block_size=16, local_hashes=[11, 22, 33])
+
+    query = query_from_proto(proto(block_hashes=hashes, prompt_tokens=48), block_sizes={16})
+
+    assert query.block_hashes == {16: (11, 750553365844651409, 3257565445809651757)}
+
+
+def test_query_survives_the_wire() -> None:
+    hints = RoutingHints(pinned_worker=WorkerId("w"), pinned_rank=0, priority=3, session_id="s")
+    blocks = PromptBlocks.of_sequence([1, 2], 4)
+    sent = RoutingQuery(model="m", prompt_tokens=20, block_hashes={4: blocks}, hints=hints, expected_output_tokens=7)
+
+    received = query_from_proto(query_to_proto(sent), block_sizes={4})
+
+    assert received.block_hashes == {4: (1, 2)}
+    assert replace(received, block_hashes={}) == replace(sent, block_hashes={})
 
 
 def test_given_hashes_are_taken_as_they_are() -> None:
@@ -94,6 +151,19 @@ def test_unset_fields_are_none_and_set_ones_are_kept() -> None:
             "query.block_hashes.sequence_hashes",
         ),
         (
+            proto(
+                block_hashes=router_pb2.BlockHashes(block_size=16, sequence_hashes=[1], local_hashes=[1]),
+                prompt_tokens=31,
+            ),
+            "query.block_hashes.local_hashes",
+        ),
+        (
+            proto(text="xyz", multimodal=[router_pb2.MultimodalSpan(first_token=2, token_count=2)]),
+            "query.multimodal[0]",
+        ),
+        (proto(packed_token_ids=b"12345"), "query.packed_token_ids"),
+        (proto(text="x", hints={"pinned_rank": 0}), "query.hints.pinned_rank"),
+        (
             proto(text="x", hints={"cost": {"temperature": -1}}),
             "query.hints.cost.temperature",
         ),
@@ -106,7 +176,7 @@ def test_bad_query_is_refused_naming_the_field(query: router_pb2.RoutingQuery, f
     assert (caught.value.reason, caught.value.field) == (Reason.INVALID_FIELD, field)
 
 
-@pytest.mark.parametrize("query", [proto(text=""), proto(token_ids=tokens())])
+@pytest.mark.parametrize("query", [proto(text=""), proto(token_ids=tokens()), proto(packed_token_ids=b"")])
 def test_empty_prompt_is_refused(query: router_pb2.RoutingQuery) -> None:
     with pytest.raises(FixRequestError) as caught:
         query_from_proto(query, block_sizes={16})
@@ -150,14 +220,25 @@ def test_explanation_shows_every_candidate_by_cost_and_who_was_rejected() -> Non
         cost=9.0,
         query=RoutingQuery(model="m", prompt_tokens=64),
         candidates=(
-            Candidate(worker=cheap, block_size=16, overlap_blocks=1, load_age_s=1.5, index_age_s=0.25, active_blocks=5),
+            Candidate(
+                worker=cheap,
+                block_size=16,
+                overlap_blocks=1,
+                load_age_s=1.5,
+                is_reported=True,
+                index_age_s=0.25,
+                active_blocks=5,
+            ),
             Candidate(worker=dear, block_size=16, load_age_s=9.0),
         ),
         excluded=((Candidate(worker=drained, block_size=16), "draining"),),
         is_staleness_ignored=True,
+        knobs={"temperature": 0.5},
+        seed=2**63,
+        remote_prefill=RemotePrefillDecision(RemotePrefillReason.DEEP_QUEUE),
     )
 
-    explanation = explanation_to_proto(selection, unreported={dear})
+    explanation = explanation_to_proto(selection)
 
     first, second = explanation.candidates
     assert (first.worker_id, first.cost, second.worker_id, second.cost) == ("cheap", 8.0, "dear", 9.0)
@@ -169,6 +250,9 @@ def test_explanation_shows_every_candidate_by_cost_and_who_was_rejected() -> Non
     assert [(rejected.worker_id, rejected.reason) for rejected in explanation.rejected] == [("drained", "draining")]
     assert (explanation.worker_id, explanation.policy, explanation.prompt_tokens) == ("dear", "kv_aware", 64)
     assert explanation.staleness_ignored
+    assert (dict(explanation.knobs), explanation.seed, explanation.note) == ({"temperature": 0.5}, 2**63, "drawn")
+    assert (explanation.prefill.remote, explanation.prefill.reason) == (False, "deep_queue")
+    assert (first.inputs["active_blocks"], first.inputs["active_prefill_tokens"]) == (5, 0)
 
 
 def test_selected_worker_carries_where_it_serves() -> None:

@@ -5,27 +5,19 @@
     prefill_blocks = (active_prefill_tokens + prompt_tokens) / block_size
     decode_blocks  = active blocks + the request's blocks not already active there
 
-Temperature 0 takes the least, ties uniformly; above 0 a softmax over -cost, range-normalised to [0, 1]. The form is
-that of the KV router of NVIDIA Dynamo (github.com/ai-dynamo/dynamo); the imbalance guard is SGLang's
-(github.com/sgl-project/sglang), here per candidate: it bars the busy ones and leaves the rest their affinity.
+The form is that of the KV router of NVIDIA Dynamo (github.com/ai-dynamo/dynamo).
 """
 
-import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-from kvmesh.core.candidates import (
-    Candidate,
-    CostOverrides,
-    RoutingQuery,
-    Scored,
-    Selection,
-    Terms,
-    by_worker,
-    draw_least,
-)
-from kvmesh.core.errors import FixRequestError, Reason
+import numpy as np
+
+from kvmesh.core.candidate_columns import CandidateColumns, Column, ScoreColumns
+from kvmesh.core.candidates import Candidate, CostOverrides, RoutingQuery, Selection, Terms
+from kvmesh.core.policies.cost_choice import ImbalanceGuard, choose
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,57 +48,47 @@ class CostKnobs:
         }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ImbalanceGuard:
-    """Bars candidates far busier than the least busy one, whatever they have cached.
+class CostColumns(NamedTuple):
+    """Every term of the cost, in blocks, one column each; see `Terms`."""
 
-    Affinity feeds on itself: a busy worker caches more and so attracts more. Both bounds must be passed to be barred.
-    """
+    prefill_blocks: Column
+    credit_blocks: Column
+    prefill_cost: Column
+    decode_cost: Column
+    request_cost: Column
+    cost: Column
 
-    absolute: int
-    """Active requests above those of the least busy candidate."""
-    relative: float
-    """Times the active requests of the least busy candidate."""
+    @classmethod
+    def of(cls, candidates: CandidateColumns, *, prompt_tokens: int, knobs: CostKnobs) -> "CostColumns":
+        """Compute all of them."""
+        prefill_blocks = (candidates.active_prefill_tokens + prompt_tokens) / candidates.block_size
+        credit_blocks = _weigh(knobs.overlap_credit, candidates.overlap_blocks)
+        prefill_cost = _weigh(knobs.prefill_scale, np.maximum(prefill_blocks - credit_blocks, 0.0))
+        decode_cost = candidates.active_blocks + candidates.new_blocks
+        request_cost = _weigh(knobs.request_weight, candidates.active_requests)
+        cost = prefill_cost + decode_cost + request_cost
+        return cls(prefill_blocks, credit_blocks, prefill_cost, decode_cost, request_cost, cost)
 
-    def __post_init__(self) -> None:
-        if self.absolute < 0 or not self.relative >= 1:
-            raise FixRequestError(
-                Reason.INVALID_FIELD, f"{self}: absolute must be >= 0 and relative >= 1", field="imbalance_guard"
-            )
-
-    def is_barred(self, candidate: Candidate, *, least_requests: int) -> bool:
-        """Tell whether this candidate is too busy beside the least busy one."""
-        requests = candidate.active_requests
-        return requests - least_requests > self.absolute and requests > self.relative * least_requests
-
-
-def cost_terms(candidate: Candidate, *, prompt_tokens: int, knobs: CostKnobs) -> Terms:
-    """Compute every term of the cost of a candidate."""
-    prefill_blocks = (candidate.active_prefill_tokens + prompt_tokens) / candidate.block_size
-    credit_blocks = knobs.overlap_credit * candidate.overlap_blocks
-    return Terms(
-        prefill_blocks=prefill_blocks,
-        credit_blocks=credit_blocks,
-        prefill_cost=knobs.prefill_scale * max(prefill_blocks - credit_blocks, 0.0),
-        decode_cost=candidate.decode_blocks,
-        request_cost=knobs.request_weight * candidate.active_requests,
-    )
+    def terms(self, index: int) -> Terms:
+        """Return the terms of one candidate."""
+        return Terms(
+            prefill_blocks=float(self.prefill_blocks[index]),
+            credit_blocks=float(self.credit_blocks[index]),
+            prefill_cost=float(self.prefill_cost[index]),
+            decode_cost=float(self.decode_cost[index]),
+            request_cost=float(self.request_cost[index]),
+        )
 
 
-def softmax_weights(costs: Sequence[float], temperature: float) -> list[float]:
-    """Return the weight of each cost, highest 1, not normalised: exp(-(cost - least) / range / temperature)."""
-    least = min(costs)
-    spread = max(costs) - least
-    if spread == 0:
-        return [1.0] * len(costs)
-    return [math.exp(-(cost - least) / spread / temperature) for cost in costs]
+def _weigh(weight: float, column: Column) -> Column:
+    """Return their product; most weights are 1 or 0 most of the time."""
+    if weight == 1:
+        return column
+    return weight * column if weight else np.zeros(len(column))
 
 
 class KvAware:
-    """The default policy: cached prefix against load. Stateless.
-
-    The guard sees only candidates that may be chosen, so an idle but unhealthy worker bars nobody.
-    """
+    """Cached prefix against load, both in blocks. Stateless."""
 
     name = "kv_aware"
 
@@ -118,22 +100,13 @@ class KvAware:
     def select(self, query: RoutingQuery, candidates: Sequence[Candidate], rng: random.Random) -> Selection:
         """Return the candidate of least cost, or drawn by temperature."""
         knobs = self._knobs.overridden_by(query.hints.overrides)
-        ordered = by_worker(candidates)
-        scores = tuple(self._score(ordered, prompt_tokens=query.prompt_tokens, knobs=knobs))
-        open_scores = [scored for scored in scores if not scored.note]
-        if knobs.temperature > 0:
-            weights = softmax_weights([scored.cost for scored in open_scores], knobs.temperature)
-            chosen = rng.choices(open_scores, weights)[0]
-            note = f"drawn at temperature {knobs.temperature:g}"
-        else:
-            chosen = draw_least(open_scores, rng)
-            note = "least cost"
-        return Selection(worker=chosen.worker, policy=self.name, scores=scores, knobs=knobs.as_mapping(), note=note)
-
-    def _score(self, candidates: Sequence[Candidate], *, prompt_tokens: int, knobs: CostKnobs) -> Iterator[Scored]:
-        least_requests = min(candidate.active_requests for candidate in candidates)
-        for candidate in candidates:
-            terms = cost_terms(candidate, prompt_tokens=prompt_tokens, knobs=knobs)
-            is_barred = self._guard is not None and self._guard.is_barred(candidate, least_requests=least_requests)
-            note = f"barred: {candidate.active_requests} requests, another has {least_requests}" if is_barred else ""
-            yield Scored(candidate.worker, terms.cost, terms, note)
+        columns = CandidateColumns.of(candidates)
+        terms = CostColumns.of(columns, prompt_tokens=query.prompt_tokens, knobs=knobs)
+        choice = choose(columns, terms.cost, temperature=knobs.temperature, guard=self._guard, rng=rng)
+        return Selection(
+            worker=choice.worker,
+            policy=self.name,
+            scores=ScoreColumns(columns, terms.cost, terms.terms, choice.why_barred),
+            knobs=knobs.as_mapping(),
+            note=choice.note,
+        )

@@ -3,7 +3,8 @@
 import random
 from collections.abc import Sequence
 
-from kvmesh.core.candidates import Candidate, RoutingQuery, Scored, Selection, by_worker, draw_least
+from kvmesh.core.candidate_columns import CandidateColumns, ScoreColumns, index_of_least
+from kvmesh.core.candidates import Candidate, RoutingQuery, Selection
 
 
 class LeastLoaded:
@@ -13,5 +14,7 @@ class LeastLoaded:
 
     def select(self, query: RoutingQuery, candidates: Sequence[Candidate], rng: random.Random) -> Selection:
         """Return the candidate with the fewest active requests."""
-        scores = tuple(Scored(candidate.worker, candidate.active_requests) for candidate in by_worker(candidates))
-        return Selection(worker=draw_least(scores, rng).worker, policy=self.name, scores=scores, note="least cost")
+        columns = CandidateColumns.of(candidates)
+        costs = columns.active_requests
+        worker = columns.worker(index_of_least(costs, rng))
+        return Selection(worker=worker, policy=self.name, scores=ScoreColumns(columns, costs), note="least cost")

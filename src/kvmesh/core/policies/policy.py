@@ -17,6 +17,7 @@ from kvmesh.core.errors import FixRequestError, Reason
 from kvmesh.core.ids import WorkerId, WorkerRank
 from kvmesh.core.policies.kv_aware import KvAware
 from kvmesh.core.policies.least_loaded import LeastLoaded
+from kvmesh.core.policies.least_work import LeastWork
 from kvmesh.core.policies.prompt_similarity import PromptSimilarity
 from kvmesh.core.policies.random_choice import RandomChoice
 from kvmesh.core.policies.round_robin import RoundRobin
@@ -51,6 +52,7 @@ class ForgetsWorkers(Protocol):
 BUILTIN_POLICIES: Mapping[str, Callable[[], Policy]] = MappingProxyType(
     {
         "kv_aware": KvAware,
+        "least_work": LeastWork,
         "round_robin": RoundRobin,
         "random": RandomChoice,
         "least_loaded": LeastLoaded,

@@ -13,7 +13,8 @@ import random
 from collections.abc import Sequence
 from difflib import SequenceMatcher
 
-from kvmesh.core.candidates import Candidate, RoutingQuery, Scored, Selection, by_worker
+from kvmesh.core.candidate_columns import CandidateColumns
+from kvmesh.core.candidates import Candidate, RoutingQuery, Scored, Selection
 from kvmesh.core.errors import FixRequestError, Reason
 from kvmesh.core.ids import WorkerId, WorkerRank
 
@@ -40,14 +41,15 @@ class PromptSimilarity:
         matcher = SequenceMatcher(None, b=query.prompt_text[:_COMPARED_CHARACTERS], autojunk=False)
         scores = []
         cold = []
-        for candidate in by_worker(candidates):
-            remembered = self._prompts.get(candidate.worker, {}).get(query.model)
+        columns = CandidateColumns.of(candidates)
+        for worker in map(columns.worker, range(len(columns))):
+            remembered = self._prompts.get(worker, {}).get(query.model)
             if remembered is None:
-                cold.append(candidate.worker)
-                scores.append(Scored(candidate.worker, 0.0, note="has no prompt yet"))
+                cold.append(worker)
+                scores.append(Scored(worker, 0.0, note="has no prompt yet"))
             else:
                 matcher.set_seq1(remembered)
-                scores.append(Scored(candidate.worker, -matcher.ratio()))
+                scores.append(Scored(worker, -matcher.ratio()))
         warm = [scored for scored in scores if not scored.note]
         best = min(warm, key=lambda scored: scored.cost, default=None)
         is_similar = best is not None and -best.cost >= self._threshold

@@ -3,7 +3,8 @@
 import random
 from collections.abc import Sequence
 
-from kvmesh.core.candidates import Candidate, RoutingQuery, Selection, by_worker
+from kvmesh.core.candidate_columns import CandidateColumns
+from kvmesh.core.candidates import Candidate, RoutingQuery, Selection
 
 
 class RandomChoice:
@@ -13,4 +14,5 @@ class RandomChoice:
 
     def select(self, query: RoutingQuery, candidates: Sequence[Candidate], rng: random.Random) -> Selection:
         """Return a candidate drawn from `rng`."""
-        return Selection(worker=rng.choice(by_worker(candidates)).worker, policy=self.name)
+        columns = CandidateColumns.of(candidates)
+        return Selection(worker=columns.worker(rng.randrange(len(columns))), policy=self.name)

@@ -1,9 +1,11 @@
 """Take the workers in turn, one turn per booking."""
 
 import random
+from bisect import bisect_right
 from collections.abc import Sequence
 
-from kvmesh.core.candidates import Candidate, RoutingQuery, Selection, by_worker
+from kvmesh.core.candidate_columns import CandidateColumns
+from kvmesh.core.candidates import Candidate, RoutingQuery, Selection
 from kvmesh.core.ids import WorkerRank
 from kvmesh.core.roster import WorkerRole
 
@@ -19,11 +21,11 @@ class RoundRobin:
 
     def select(self, query: RoutingQuery, candidates: Sequence[Candidate], rng: random.Random) -> Selection:
         """Return the next in turn; until something is booked that stays the same one."""
-        workers = [candidate.worker for candidate in by_worker(candidates)]
+        columns = CandidateColumns.of(candidates)
         last = self._last.get((query.role, query.model))
-        later = [worker for worker in workers if last is not None and worker > last]
+        index = 0 if last is None else bisect_right(range(len(columns)), last, key=columns.worker) % len(columns)
         note = f"after {last.worker_id} rank {last.rank}" if last is not None else "first turn"
-        return Selection(worker=(later or workers)[0], policy=self.name, note=note)
+        return Selection(worker=columns.worker(index), policy=self.name, note=note)
 
     def booked(self, query: RoutingQuery, worker: WorkerRank) -> None:
         """Give the turn to the one after this worker."""
