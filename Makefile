@@ -7,7 +7,7 @@ UV := $(BIN)/uv
 GENERATED ?= generated
 PROTO_FILES = $(sort $(wildcard protos/kvmesh/v1/*.proto protos/kvmesh/etcd/v1/*.proto))
 
-.PHONY: help install install-dev install-oracle run test check lint types protos proto-lint bench bench-grpc bench-replay
+.PHONY: help install install-dev install-oracle install-nixl run test check lint types protos proto-lint bench bench-grpc bench-replay
 .PHONY: bench-route bench-index bench-quality soak bench-peers-install lock clean
 
 help: ## List the targets
@@ -18,8 +18,6 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	@test -x $(UV) || $(BIN)/python -m pip install --quiet --disable-pip-version-check 'uv>=0.5'
 	$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python -r requirements.lock
 	$(UV) pip install --quiet --python $(BIN)/python --no-deps --editable .
-	@$(UV) pip install --quiet --python $(BIN)/python --no-deps --only-binary :all: nixl-cu12==1.5.1 2>/dev/null \
-	  || echo "no NIXL wheel for this platform: KV moves by shared memory and TCP"
 	@$(BIN)/python -m compileall -q src generated
 	@touch $@
 
@@ -46,6 +44,9 @@ install: $(VENV)/.installed ## Install the program into .venv
 install-dev: $(VENV)/.installed-dev .venv-protos/.installed ## Install what tests and checks need as well
 
 install-oracle: .venv-oracle/.installed ## Install what tests/oracle compares the router with into .venv-oracle (Linux x86-64, 71 MB)
+
+install-nixl: install ## Add NIXL, where a wheel exists (Linux), without the CUDA packages it asks for
+	$(UV) pip install --quiet --python $(BIN)/python --no-deps --only-binary :all: nixl-cu12==1.5.1
 
 run: install ## Run a mesh: 2 decode workers, 1 prefill worker, queue, router, frontend
 	$(BIN)/kvmesh up

@@ -71,8 +71,10 @@ class EchoExchange(decode_worker_pb2_grpc.DecodeWorkerServicer):
 async def channel_to(server: GrpcServer) -> AsyncIterator[grpc.aio.Channel]:
     port = await server.start("127.0.0.1", 0)
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        yield channel
-        await server.drain_and_stop(GENEROUS_S)
+        try:
+            yield channel
+        finally:
+            await server.drain_and_stop(GENEROUS_S)
 
 
 class ScriptedDecode(decode_worker_pb2_grpc.DecodeWorkerServicer):
@@ -513,10 +515,10 @@ async def test_request_whose_client_does_not_read_ends_as_slow_consumer(reads_la
 async def test_client_that_reads_now_and_then_is_served_to_the_end() -> None:
     async def behaviour(_request: Any, _context: Any) -> AsyncIterator[decode_worker_pb2.DecodeWorkerGenerateResponse]:
         for _ in range(100):
-            await asyncio.sleep(0.005)  # longer altogether than one write may wait
+            await asyncio.sleep(0.02)  # longer altogether than one write may wait
             yield decode_worker_pb2.DecodeWorkerGenerateResponse()
 
-    server = GrpcServer(client_write_s=0.1)
+    server = GrpcServer(client_write_s=1.0)
     server.add(
         ScriptedDecode(behaviour), "kvmesh.v1.DecodeWorker", decode_worker_pb2_grpc.add_DecodeWorkerServicer_to_server
     )

@@ -13,7 +13,8 @@ from kvmesh.core.truth_check import TruthCheck, TruthRules
 log = telemetry.logger(__name__)
 
 _EVENT_INTERVALS = 3
-"""After so many, what a worker removed before a request ended has been heard."""
+_LEAST_WAIT_S = 0.3
+"""After so many intervals, and so long at least, what a worker removed before a request ended has been heard."""
 
 
 class IndexTruth:
@@ -61,7 +62,8 @@ class IndexTruth:
         Workers tell removals at intervals, and those from before the end are to count.
         """
         loop = asyncio.get_running_loop()
-        self._ended.append((loop.time() + _EVENT_INTERVALS * self._event_interval_s(), key, cached_tokens))
+        wait_s = max(_EVENT_INTERVALS * self._event_interval_s(), _LEAST_WAIT_S)
+        self._ended.append((loop.time() + wait_s, key, cached_tokens))
         if self._next is None:
             self._next = loop.call_at(self._ended[0][0], self._judge_ended)
 

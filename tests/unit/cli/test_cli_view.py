@@ -178,19 +178,24 @@ def test_an_explanation_has_a_column_per_term_and_tells_what_went_wrong() -> Non
 
     lines = [line.split() for line in rendered(explanation_view(explanation)).splitlines()]
 
-    assert lines[0][:4] == ["worker", "cost", "decode_blocks", "overlap_blocks"]
-    assert lines[1] == ["B#1", "0.25", "0.25", "-", "-", "-", "chosen"]
-    assert lines[2][:4] == ["B", "2", "-", "3"]
+    assert lines[0][:4] == ["worker", "cost", "overlap_blocks", "decode_blocks"]
+    assert lines[1] == ["B#1", "0.25", "-", "0.25", "-", "-", "chosen"]
+    assert lines[2][:4] == ["B", "2", "3", "-"]
     assert lines[5][:4] == ["most", "loads", "were", "stale,"]
     assert lines[6][-3:] == ["mine", "raised", "KeyError"]
 
 
 def test_an_explanation_on_a_narrow_screen_breaks_the_names_of_its_terms() -> None:
+    names = ["prefill_blocks", "credit_blocks", "prefill_cost", "decode_cost", "request_cost", "overlap_blocks"]
     explanation = router_pb2.Explanation(
-        worker_id="B", candidates=[router_pb2.CandidateExplanation(worker_id="B", terms={"decode_blocks": 0.25})]
+        worker_id="B",
+        candidates=[
+            router_pb2.CandidateExplanation(worker_id=worker, terms=dict.fromkeys(names, value))
+            for worker, value in (("A", 1.0), ("B", 2.0))
+        ],
     )
 
     lines = [line.split() for line in rendered(explanation_view(explanation, width=80)).splitlines()]
 
-    assert lines[0] == ["decode"]
-    assert lines[1][:3] == ["worker", "cost", "blocks"]
+    assert lines[0] == [name.split("_")[0] for name in names]
+    assert lines[1][:8] == ["worker", "cost", *(name.split("_")[1] for name in names)]
