@@ -5,11 +5,6 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
-from kvmesh.core.block_claims import BlockClaims, Import, Pin
-from kvmesh.core.block_pool import BlockPool
 from kvmesh.core.errors import ConflictError, FixRequestError, Reason
 from kvmesh.core.hashing import text_tokens
 from kvmesh.core.ids import AttemptKey, SequenceHash
@@ -20,11 +15,11 @@ from kvmesh.engines.engine import (
     EngineRequest,
     FinishReason,
     Output,
-    PoolStats,
     PromptForm,
     StepResult,
 )
 from kvmesh.engines.options import check_ranges, number, parse_options
+from kvmesh.engines.without_pool import WithoutPool
 
 _WORD = re.compile(r"\s*\S+\s*")
 
@@ -62,7 +57,7 @@ class _Request:
     produced: int = 0
 
 
-class EchoEngine:
+class EchoEngine(WithoutPool):
     """Answers `<prompt>_GeneratedBy_<node name>`, one word with its white space per step and request."""
 
     def __init__(self, *, node_name: str, options: EchoOptions | None = None) -> None:
@@ -83,7 +78,7 @@ class EchoEngine:
         self._requests: dict[AttemptKey, _Request] = {}
         self._running: list[_Request] = []
         self._waiting: deque[_Request] = deque()
-        self._claims = BlockClaims(BlockPool(0))  # pins are always empty, and still given back exactly once
+        super().__init__()
 
     @property
     def info(self) -> EngineInfo:
@@ -149,36 +144,6 @@ class EchoEngine:
     def cached_blocks(self, block_hashes: Sequence[SequenceHash]) -> int:
         """Return 0."""
         return 0
-
-    def pin_prefix(self, block_hashes: Sequence[SequenceHash]) -> Pin:
-        """Return an empty pin."""
-        return self._claims.pin_prefix(block_hashes)
-
-    def unpin(self, pin_id: int) -> None:
-        """Give a pin back."""
-        self._claims.unpin(pin_id)
-
-    def begin_import(self, block_hashes: Sequence[SequenceHash], *, first_block: int) -> Import:
-        """Refuse to make room for any block: the pool has none."""
-        return self._claims.begin_import(block_hashes, first_block=first_block)
-
-    def commit_import(
-        self, import_id: int, *, block_hashes: Sequence[SequenceHash], local_hashes: Sequence[int]
-    ) -> Pin:
-        """End an import of no blocks."""
-        return self._claims.commit_import(import_id, block_hashes, local_hashes=local_hashes)
-
-    def abort_import(self, import_id: int) -> None:
-        """End an import of no blocks."""
-        self._claims.abort_import(import_id)
-
-    def kv_memory(self) -> npt.NDArray[np.uint8] | None:
-        """Return None."""
-        return None
-
-    def pool_stats(self) -> PoolStats:
-        """Return the counts for the leak check."""
-        return PoolStats(used_blocks=0, pinned_blocks=0, pins=self._claims.pins, imports=self._claims.imports)
 
     def close(self) -> None:
         """Forget every request."""

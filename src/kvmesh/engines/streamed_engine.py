@@ -16,11 +16,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import takewhile
 
-import numpy as np
-import numpy.typing as npt
-
-from kvmesh.core.block_claims import BlockClaims, Import, Pin
-from kvmesh.core.block_pool import BlockPool
 from kvmesh.core.errors import ConflictError, FixRequestError, MeshError, Reason
 from kvmesh.core.hashing import max_overlap_blocks, text_tokens
 from kvmesh.core.ids import AttemptKey, SequenceHash
@@ -30,11 +25,11 @@ from kvmesh.engines.engine import (
     EngineLoad,
     EngineRequest,
     Output,
-    PoolStats,
     PromptForm,
     StepResult,
 )
 from kvmesh.engines.stream_thread import Piece, Streams, StreamThread
+from kvmesh.engines.without_pool import WithoutPool
 
 _STEP_WAIT_S = 0.005
 """How long a step waits for something to arrive: so long may a command that comes meanwhile have to wait."""
@@ -53,7 +48,7 @@ class _Request:
     has_output: bool = False
 
 
-class StreamedEngine:
+class StreamedEngine(WithoutPool):
     """An `Engine` without a KV pool of its own. Not thread-safe, as the port has it."""
 
     def __init__(
@@ -69,7 +64,7 @@ class StreamedEngine:
         self._has_events = has_events
         self._waiting: dict[AttemptKey, _Request] = {}
         self._running: dict[AttemptKey, _Request] = {}
-        self._claims = BlockClaims(BlockPool(0))  # pins are always empty, and still given back exactly once
+        super().__init__()
         self._cached: set[SequenceHash] = set()
         """What the other side's cache holds, by the events drained so far."""
         self._thread: StreamThread[_Request] = StreamThread(streams, name=info.name, open_s=open_s)
@@ -139,36 +134,6 @@ class StreamedEngine:
     def cached_blocks(self, block_hashes: Sequence[SequenceHash]) -> int:
         """Count the leading blocks that the other side has told of; none of them can be handed over."""
         return sum(1 for _ in takewhile(self._cached.__contains__, block_hashes))
-
-    def pin_prefix(self, block_hashes: Sequence[SequenceHash]) -> Pin:
-        """Return an empty pin."""
-        return self._claims.pin_prefix(block_hashes)
-
-    def unpin(self, pin_id: int) -> None:
-        """Give a pin back."""
-        self._claims.unpin(pin_id)
-
-    def begin_import(self, block_hashes: Sequence[SequenceHash], *, first_block: int) -> Import:
-        """Refuse to make room for any block: there is no pool."""
-        return self._claims.begin_import(block_hashes, first_block=first_block)
-
-    def commit_import(
-        self, import_id: int, *, block_hashes: Sequence[SequenceHash], local_hashes: Sequence[int]
-    ) -> Pin:
-        """End an import of no blocks."""
-        return self._claims.commit_import(import_id, block_hashes, local_hashes=local_hashes)
-
-    def abort_import(self, import_id: int) -> None:
-        """End an import of no blocks."""
-        self._claims.abort_import(import_id)
-
-    def kv_memory(self) -> npt.NDArray[np.uint8] | None:
-        """Return None."""
-        return None
-
-    def pool_stats(self) -> PoolStats:
-        """Return the counts for the leak check."""
-        return PoolStats(used_blocks=0, pinned_blocks=0, pins=self._claims.pins, imports=self._claims.imports)
 
     def close(self) -> None:
         """End every stream and the thread that follows them. Idempotent."""
