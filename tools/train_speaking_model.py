@@ -1,6 +1,6 @@
-"""Train the small Llama that `models/speaks` holds: it answers the questions of speaking_text.py in real sentences.
+"""Train the small Llama of src/kvmesh/models/speaks: it answers the questions of speaking_text.py in real sentences.
 
-    OMP_NUM_THREADS=1 .venv/bin/python tools/train_speaking_model.py models/speaks
+    OMP_NUM_THREADS=1 .venv/bin/python tools/train_speaking_model.py src/kvmesh/models/speaks
 
 Takes about three minutes of one core, and needs nothing that kvmesh itself does not need: the gradient is written by
 hand in llama_training.py. The same seed gives the same bytes on the same processor, numpy and number of BLAS threads;
@@ -100,7 +100,7 @@ class Lessons:
 def main() -> None:
     """Train, and write the folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="to write, e.g. models/speaks")
+    parser.add_argument("folder", type=Path, help="to write, e.g. src/kvmesh/models/speaks")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seed", type=int, default=2_026)
     given = parser.parse_args()

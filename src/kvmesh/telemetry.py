@@ -29,6 +29,11 @@ REQUEST_RETRIES = Counter("kvmesh_request_retries", "Requests sent to a second w
 TIME_TO_FIRST_TOKEN = Histogram(
     "kvmesh_time_to_first_token_seconds", "From the request's arrival to its first token.", buckets=_LATENCY_BUCKETS
 )
+INTER_TOKEN_TIME = Histogram(
+    "kvmesh_inter_token_time_seconds",
+    "Time between two tokens of a finished request, its mean.",
+    buckets=_LATENCY_BUCKETS,
+)
 PROMPT_TOKENS = Counter("kvmesh_prompt_tokens", "Prompt tokens of finished requests.")
 COMPLETION_TOKENS = Counter("kvmesh_completion_tokens", "Tokens produced by finished requests.")
 CACHED_TOKENS = Counter("kvmesh_cached_tokens", "Prompt tokens that decode workers held already.")
@@ -95,8 +100,19 @@ ENGINE_EVENT_REPLAYS = Counter(
 )
 
 PREFILL_DECISIONS = Counter("kvmesh_prefill_decisions", "Where prefills ran, and why.", ("remote", "reason"))
+WORKERS_LACKING = Gauge(
+    "kvmesh_workers_lacking", "Workers of this process that lack a part of what they need now.", ("part",)
+)
+KV_PULLS_FAILED = Counter(
+    "kvmesh_kv_pulls_failed", "Pulls that failed; another transport may have done.", ("transport",)
+)
+KV_WARM_UPS = Counter("kvmesh_kv_warm_ups", "First connections made before a pull needs them.", ("outcome",))
 KV_BYTES_MOVED = Counter("kvmesh_kv_bytes_moved", "Bytes of KV pulled from other workers.", ("transport",))
+KV_BLOCKS_ALTERED = Counter("kvmesh_kv_blocks_altered", "Pulled blocks dropped because their checksum is another.")
 QUEUE_TASKS = Counter("kvmesh_queue_tasks", "Prefill tasks, by what became of them.", ("outcome",))
+QUEUE_LEASES_LOST = Counter(
+    "kvmesh_queue_leases_lost", "Leases that ended unanswered: expired, the holder gone, the task's time over."
+)
 QUEUE_DEPTH = Gauge("kvmesh_queue_depth", "Prefill tasks waiting for a lease.")
 QUEUE_LEASED = Gauge("kvmesh_queue_leased", "Prefill tasks under a lease.")
 

@@ -34,7 +34,7 @@ def running_stream(mesh: MeshProcess, *, max_tokens: int) -> Iterator[Iterator[f
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_mesh_with_0_and_nothing_but_log_lines(number: signal.Signals) -> None:
-    with MeshProcess() as mesh:
+    with MeshProcess("--engine", "echo") as mesh:
         answer = httpx.post(f"{mesh.http_url}/generate", json={"prompt": "hello"}, timeout=WAIT_S, trust_env=False)
 
         assert answer.status_code == 200

@@ -31,7 +31,7 @@ def refused(http_url: str, times: int) -> int:
 
 @pytest.mark.parametrize("redirections", [">&-", "<&- >&-"], ids=["stdout", "stdin and stdout"])
 def test_closed_streams_do_not_matter(redirections: str) -> None:
-    with MeshProcess("--decode", "1", redirections=redirections) as mesh:
+    with MeshProcess("--engine", "echo", "--decode", "1", redirections=redirections) as mesh:
         assert ask(mesh.http_url) == "hello_GeneratedBy_NODE1"
         assert mesh.stop() == 0
         assert mesh.stray_lines == []
@@ -39,7 +39,7 @@ def test_closed_streams_do_not_matter(redirections: str) -> None:
 
 def test_stdout_stays_empty_where_there_is_no_terminal() -> None:
     process = subprocess.Popen(
-        [PROGRAM, "up", "--http-port", "0", "--grpc-port", "0"],
+        [PROGRAM, "up", "--engine", "echo", "--http-port", "0", "--grpc-port", "0"],
         env=clean_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -58,7 +58,7 @@ def test_stdout_stays_empty_where_there_is_no_terminal() -> None:
 
 def test_requests_are_served_after_the_reader_of_the_log_went_away() -> None:
     with subprocess.Popen(
-        [PROGRAM, "up", "--http-port", "0", "--grpc-port", "0", "--decode", "1"],
+        [PROGRAM, "up", "--engine", "echo", "--http-port", "0", "--grpc-port", "0", "--decode", "1"],
         env=clean_environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -81,7 +81,7 @@ def test_requests_are_served_after_the_reader_of_the_log_went_away() -> None:
 
 def test_requests_are_served_while_nobody_reads_the_log() -> None:
     with subprocess.Popen(
-        [PROGRAM, "up", "--http-port", "0", "--grpc-port", "0", "--decode", "1"],
+        [PROGRAM, "up", "--engine", "echo", "--http-port", "0", "--grpc-port", "0", "--decode", "1"],
         env=clean_environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -108,7 +108,7 @@ def test_requests_are_served_while_nobody_reads_the_log() -> None:
 def test_a_terminal_shows_workers_queue_requests_rate_and_hits_live() -> None:
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
-        [PROGRAM, "up", "--http-port", "0", "--grpc-port", "0"],
+        [PROGRAM, "up", "--engine", "echo", "--http-port", "0", "--grpc-port", "0"],
         env=clean_environment(TERM="xterm", COLUMNS="120", LINES="40"),
         stdin=theirs,
         stdout=theirs,
@@ -169,7 +169,7 @@ def _read_rest(terminal: int) -> str:
 
 
 def test_a_full_disk_under_stdout_is_one_line_and_1() -> None:
-    with MeshProcess("--decode", "1") as mesh, open("/dev/full", "w") as full:
+    with MeshProcess("--engine", "echo", "--decode", "1") as mesh, open("/dev/full", "w") as full:
         status = (PROGRAM, "status", "--target", mesh.grpc_address)
         for command in (status, (*status, "--json"), (PROGRAM, "config", "show"), (PROGRAM, "version")):
             done = subprocess.run(

@@ -17,6 +17,7 @@ BUF = Path(__file__).parents[2] / "node_modules" / ".bin" / "buf"
 GATEWAY_SERVICES = {
     "grpc.health.v1.Health",
     "grpc.reflection.v1alpha.ServerReflection",
+    "kvmesh.v1.Components",
     "kvmesh.v1.Frontend",
     "kvmesh.v1.Processor",
     "kvmesh.v1.Router",

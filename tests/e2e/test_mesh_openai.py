@@ -152,8 +152,8 @@ async def test_an_unknown_model_is_not_found() -> None:
 
 @pytest.mark.parametrize(
     ("changes", "param"),
-    [({"messages": []}, "messages"), ({"max_tokens": 0}, "max_tokens"), ({"n": 2}, "n"), ({"top_p": 7}, "top_p")],
-    ids=["no-messages", "no-tokens", "two-choices", "top-p-above-one"],
+    [({"messages": []}, "messages"), ({"max_tokens": 0}, "max_tokens"), ({"n": 99}, "n"), ({"top_p": 7}, "top_p")],
+    ids=["no-messages", "no-tokens", "too-many-choices", "top-p-above-one"],
 )
 async def test_a_request_that_cannot_be_served_is_a_bad_request_that_names_the_field(
     changes: dict[str, Any], param: str

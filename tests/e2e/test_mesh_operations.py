@@ -1,6 +1,7 @@
 """What operators ask of a running mesh, by gRPC and by REST."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -125,6 +126,22 @@ async def test_potential_loads_and_overlaps_follow_what_a_worker_caches() -> Non
         assert tokens[served.started.worker_id] < len(PROMPT)
         assert sorted(load["worker_id"] for load in rest_loads.json()["loads"]) == DECODE_IDS[:2]
         assert sum(overlap.get("blocks", 0) for overlap in rest_overlaps.json()["overlaps"]) == 16
+
+
+async def test_one_worker_the_index_and_a_choice_are_asked_for_by_rest() -> None:
+    async with open_doors(mesh__decode=2, mesh__prefill=1) as doors:
+        info = await doors.http.get("/mesh/v1/workers/NODE3/prefill/0")
+        unknown = await doors.http.get("/mesh/v1/workers/NODE9/prefill/0")
+        chosen = await doors.http.post("/mesh/v1/router:select", json=QUERY_JSON)
+        index = await doors.http.get("/mesh/v1/router/index", params={"worker_id": "NODE1/decode/0"})
+        async with doors.http.stream("GET", "/mesh/v1/router/metrics:watch") as watched:
+            metrics = json.loads(await anext(watched.aiter_lines()))
+
+        assert (info.json()["worker_id"], info.json()["role"]) == ("NODE3/prefill/0", "prefill")
+        assert (unknown.status_code, unknown.json()["details"][0]["reason"]) == (404, "NOT_FOUND")
+        assert chosen.json()["worker"]["worker_id"] in DECODE_IDS
+        assert (index.status_code, index.text) == (200, "")
+        assert len(metrics["result"]["workers"]) == 3
 
 
 async def overlaps_of(doors: Doors) -> dict[str, int]:

@@ -9,6 +9,7 @@ from google.protobuf.descriptor import Descriptor, FileDescriptor
 
 from kvmesh.etcd.v1 import etcd_pb2
 from kvmesh.v1 import (
+    components_pb2,
     decode_worker_pb2,
     frontend_pb2,
     generation_pb2,
@@ -25,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 FILES: list[FileDescriptor] = [
     module.DESCRIPTOR
     for module in (
-        decode_worker_pb2, etcd_pb2, frontend_pb2, generation_pb2, kv_transfer_pb2, prefill_queue_pb2,
+        components_pb2, decode_worker_pb2, etcd_pb2, frontend_pb2, generation_pb2, kv_transfer_pb2, prefill_queue_pb2,
         prefill_worker_pb2, processor_pb2, router_pb2, worker_control_pb2, worker_events_pb2,
     )
 ]  # fmt: skip
@@ -60,6 +61,16 @@ class TestContract:
 
         assert found <= STATUS_FIELDS
 
+    def test_no_field_is_what_java_calls_the_bytes_of_its_neighbour(self, file: FileDescriptor) -> None:
+        clashes = [
+            field.full_name
+            for message in messages(file)
+            for field in message.fields
+            if f"{field.name}_bytes" in message.fields_by_name and field.type == field.TYPE_STRING
+        ]
+
+        assert clashes == []
+
     def test_hashes_and_epochs_are_fixed64(self, file: FileDescriptor) -> None:
         wrong = [
             field.full_name
@@ -88,9 +99,9 @@ def test_the_committed_code_is_what_the_contract_generates(tmp_path: Path) -> No
 
     committed, fresh = (
         {
-            path.relative_to(top).as_posix(): path.read_text()
-            for path in top.rglob("*_pb2*")
-            if path.suffix in (".py", ".pyi")
+            path.relative_to(top).as_posix(): path.read_bytes()
+            for path in top.rglob("*")
+            if path.suffix in (".py", ".pyi", ".binpb")
         }
         for top in (ROOT / "generated", tmp_path)
     )

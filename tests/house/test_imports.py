@@ -23,19 +23,24 @@ ALLOWED = {
         "engines.engine", "transports.transport", "discovery.discovery",
     },
     "gateway": {"core", "wire", "telemetry", "services.channels", "services.owned_tasks", "services.stalled_clients"},
+    # A program that only calls components has no composition root: it reads discovery through the mesh's door.
+    "sdk": {"core", "wire", "telemetry", "services", "engines.engine", "discovery.discovery", "discovery.door"},
     "runtime": {
-        "core", "wire", "telemetry", "tokenizing", "services", "gateway",
+        "core", "wire", "telemetry", "tokenizing", "services", "gateway", "sdk",
         "engines.engine", "transports.transport", "discovery.discovery",
     },
+    "models": set(),
     "replay": {"core", "wire", "services.channels"},
     "simulate": {"core", "replay.trace"},
-    "cli": {"testing.tiny_model", "core", "wire", "telemetry", "services", "runtime", "replay", "simulate"},
-    "testing": {"core", "wire", "telemetry", "tokenizing", "services", "runtime", "engines", "transports", "discovery"},
+    "cli": {"testing.tiny_model", "core", "wire", "telemetry", "services", "runtime", "replay", "sdk", "simulate"},
+    "testing": {
+        "core", "wire", "telemetry", "tokenizing", "services", "runtime", "engines", "transports", "discovery", "sdk",
+    },
 }  # fmt: skip
 # The composition root alone names implementations; the mesh in one process chooses what its roles share.
 COMPOSITION_ROOT = {
-    "runtime.composition", "runtime.engine_registry", "runtime.mesh", "runtime.process_mesh",
-    "runtime.transport_registry",
+    "runtime.child_etcd", "runtime.component_graph", "runtime.component_processes", "runtime.composition",
+    "runtime.engine_registry", "runtime.mesh", "runtime.process_mesh", "runtime.transport_registry",
 }  # fmt: skip
 IMPURE = {
     "asyncio", "concurrent", "grpc", "google", "http", "logging", "os", "pathlib", "secrets", "socket", "structlog",

@@ -10,6 +10,7 @@ import pytest
 
 from kvmesh.core.errors import Reason
 from kvmesh.engines.echo import EchoEngine, EchoOptions
+from kvmesh.engines.simulated import SimulatedEngine
 from kvmesh.runtime.worker import Worker
 from kvmesh.testing.worker_group import (
     GENEROUS_S,
@@ -43,9 +44,12 @@ class Client:
         self.failed: dict[int, decode_worker_pb2.ExchangeFailed] = {}
 
     @classmethod
-    async def open(cls, group: WorkerGroup, worker: Worker, *, processor_id: str = "p") -> "Client":
+    async def open(
+        cls, group: WorkerGroup, worker: Worker, *, processor_id: str = "p", merge_within_s: float = 0.0
+    ) -> "Client":
         client = cls(group.decode(worker).Exchange(timeout=GENEROUS_S))
-        await client.send(open=decode_worker_pb2.ExchangeOpen(processor_id=processor_id))
+        merge_within = duration(merge_within_s)
+        await client.send(open=decode_worker_pb2.ExchangeOpen(processor_id=processor_id, merge_within=merge_within))
         return client
 
     async def send(self, **command: Any) -> None:
@@ -406,3 +410,49 @@ async def test_deadline_of_a_request_is_kept_by_the_worker(group: WorkerGroup) -
     assert from_status(client.failed[1].status).reason is Reason.DEADLINE
     assert not client.failed[1].rejected
     await group.wait_until(worker, lambda info: held(info) == (0, 0, 0, 0))
+
+
+async def test_output_of_many_waits_for_more_save_the_first_and_the_last(group: WorkerGroup) -> None:
+    client = await Client.open(group, await group.add_decode(SimulatedEngine(SLOW)), merge_within_s=1.0)
+    streams = range(1, 9)
+
+    for number in streams:
+        await client.submit(number, request(f"r{number}", tokens=range(number, number + 9), max_tokens=20))
+    await client.read_until_over(*streams)
+
+    frames_by_stream = {one: sum(one in frame.stream_ids for frame in client.frames) for one in streams}
+    assert max(frames_by_stream.values()) < 10  # 2, and a few while there are not yet, or no longer, many
+    assert {one: len(tokens) for one, tokens in client.token_ids.items()} == dict.fromkeys(streams, 20)
+
+
+async def test_held_output_goes_when_its_time_is_up(group: WorkerGroup) -> None:
+    client = await Client.open(group, await group.add_decode(SimulatedEngine(SLOW)), merge_within_s=0.05)
+    streams = range(1, 9)
+
+    for number in streams:
+        await client.submit(number, request(f"r{number}", tokens=range(number, number + 9), max_tokens=60))
+    while len(client.token_ids.get(8, ())) < 3:
+        assert await client.read()
+
+    assert not client.finished
+    client.call.cancel()
+    await group.wait_idle()
+
+
+async def test_output_of_few_never_waits(group: WorkerGroup) -> None:
+    client = await Client.open(group, await group.add_decode(SimulatedEngine(SLOW)), merge_within_s=1.0)
+
+    await client.submit(1, request("r", max_tokens=10))
+    await client.read_until_over(1)
+
+    assert sum(1 in frame.stream_ids for frame in client.frames) > 2
+
+
+async def test_longer_merging_than_a_second_is_refused(group: WorkerGroup) -> None:
+    client = await Client.open(group, await group.add_decode(), merge_within_s=1.5)
+
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await client.read()
+
+    assert from_rpc_error(refused.value).reason is Reason.INVALID_FIELD
+    assert "open.merge_within" in str(refused.value.details())

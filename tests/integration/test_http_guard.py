@@ -1,6 +1,6 @@
 """What a browser may be made to send without its user's knowledge is refused; what tools send is not."""
 
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import httpx
@@ -8,8 +8,8 @@ import pytest
 
 from kvmesh.gateway.app import create_app
 from kvmesh.gateway.server import HttpServer
-from kvmesh.v1 import frontend_pb2, generation_pb2, worker_control_pb2, worker_control_pb2_grpc
-from kvmesh.wire.generation import DeltaWriter, Event
+from kvmesh.testing.no_generator import NoGenerator
+from kvmesh.v1 import worker_control_pb2, worker_control_pb2_grpc
 
 DRAIN = "/mesh/v1/workers/NODE1/decode/0:drain"
 BODY = b"{}"
@@ -26,24 +26,6 @@ class WorkerControl(worker_control_pb2_grpc.WorkerControlServicer):
     ) -> worker_control_pb2.DrainResponse:
         self.drained += 1
         return worker_control_pb2.DrainResponse()
-
-
-class NoGenerator:
-    """A Generator whose every answer is empty."""
-
-    async def generate(
-        self,
-        request: frontend_pb2.GenerateRequest,
-        *,
-        timeout_s: float | None = None,
-        request_id: str | None = None,
-        writer: DeltaWriter | None = None,
-    ) -> AsyncGenerator[Event, None]:
-        yield frontend_pb2.Started()
-        yield generation_pb2.Finished(reason=generation_pb2.FINISH_REASON_STOP)
-
-    def models(self) -> frontend_pb2.ListModelsResponse:
-        return frontend_pb2.ListModelsResponse()
 
 
 @asynccontextmanager

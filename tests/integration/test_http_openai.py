@@ -205,6 +205,18 @@ async def test_an_unknown_model_is_not_found(door: Door, stream: bool) -> None:
     assert (refused.value.code, refused.value.param) == ("model_not_found", "model")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_choices_that_all_fail_before_their_first_output_are_one_status(stream: bool) -> None:
+    generator = ScriptedGenerator(error_before=BackOffError(Reason.OVERLOADED, "", retry_after_s=0.02))
+
+    async with open_door(generator) as door:
+        with pytest.raises(openai.RateLimitError) as refused:
+            await door.client.completions.create(model="tiny/llama", prompt="hello", n=3, stream=stream)
+
+    assert refused.value.response.headers["retry-after-ms"] == "20"
+    assert refused.value.request_id in generator.request_ids
+
+
 async def test_no_messages_are_a_bad_request(door: Door) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         await door.client.chat.completions.create(model="tiny/llama", messages=[])
@@ -213,12 +225,12 @@ async def test_no_messages_are_a_bad_request(door: Door) -> None:
 
 
 async def test_what_is_not_served_is_a_bad_request_naming_it(door: Door) -> None:
-    with pytest.raises(openai.BadRequestError, match="logprobs: not supported") as refused:
+    with pytest.raises(openai.BadRequestError, match="frequency_penalty: not supported") as refused:
         await door.client.chat.completions.create(
-            model="tiny/llama", messages=[{"role": "user", "content": "hello"}], logprobs=True
+            model="tiny/llama", messages=[{"role": "user", "content": "hello"}], frequency_penalty=1
         )
 
-    assert refused.value.param == "logprobs"
+    assert refused.value.param == "frequency_penalty"
     assert door.generator.calls == []
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from kvmesh.core.errors import Reason
 from kvmesh.gateway.app import create_app
-from kvmesh.gateway.server import HttpServer
+from kvmesh.gateway.server import MAX_HEAD_BYTES, HttpServer
 from kvmesh.services.channels import PortTakenError
 from kvmesh.v1 import frontend_pb2, generation_pb2
 from kvmesh.wire.generation import Delta, DeltaWriter, Event
@@ -221,3 +221,32 @@ async def test_nothing_is_answered_after_the_stop() -> None:
     async with httpx.AsyncClient(trust_env=False) as client:
         with pytest.raises(httpx.ConnectError):
             await client.get(f"http://{server.address}/healthz")
+
+
+@pytest.mark.parametrize("beginning", [b"GET /", b"GET / HTTP/1.1\r\nhost: localhost\r\nx-long: "])
+async def test_a_head_without_end_is_refused_and_its_connection_closed(beginning: bytes) -> None:
+    server = server_of(HeldGenerator())
+    await server.start()
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+
+    writer.write(beginning + b"a" * (MAX_HEAD_BYTES + 1 - len(beginning)))
+    async with asyncio.timeout(20):
+        head = await reader.readuntil(b"\r\n\r\n")
+        body = await reader.read()
+
+    assert head.startswith(b"HTTP/1.1 431 ")
+    assert orjson.loads(body)["code"] == 3
+    assert f"content-length: {len(body)}\r\n".encode() in head
+    writer.close()
+    await server.stop(0)
+
+
+async def test_a_body_longer_than_a_head_may_be_is_no_head() -> None:
+    server = server_of(HeldGenerator())
+    await server.start()
+
+    async with httpx.AsyncClient(base_url=f"http://{server.address}", trust_env=False, timeout=20) as client:
+        replies = [await client.post("/v1/chat/completions", content=b" " * 300_000) for _ in range(2)]
+
+    assert [reply.status_code for reply in replies] == [400, 400]
+    await server.stop(0)

@@ -54,7 +54,7 @@ async def prefill(
     call = group.direct(worker).Generate(
         prefill_worker_pb2.PrefillWorkerGenerateRequest(task=task or prefill_task()), timeout=GENEROUS_S
     )
-    progress, last = [response async for response in call]
+    *_, progress, last = [response async for response in call]
     return progress.progress.computed_tokens, last.handoff
 
 

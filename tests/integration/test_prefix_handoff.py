@@ -90,7 +90,7 @@ async def ask(
         request_id="direct", attempt=1, token_ids=generation_pb2.TokenIds(token_ids=tokens), **fields
     )
     call = group.direct(worker).Generate(prefill_worker_pb2.PrefillWorkerGenerateRequest(task=task), timeout=GENEROUS_S)
-    progress, last = [response async for response in call]
+    *_, progress, last = [response async for response in call]
     return progress.progress.computed_tokens, last.handoff
 
 

@@ -147,11 +147,38 @@ async def test_forwarded_drain_of_an_unknown_worker_is_refused(group: WorkerGrou
     async with forwarding(group) as control:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await control.Drain(worker_control_pb2.DrainRequest(worker_id="nobody"), timeout=GENEROUS_S)
-        with pytest.raises(grpc.aio.AioRpcError) as question:
-            await control.GetInfo(worker_control_pb2.GetInfoRequest(), timeout=GENEROUS_S)
 
     assert from_rpc_error(caught.value).reason is Reason.NOT_FOUND
-    assert from_rpc_error(question.value).reason is Reason.UNIMPLEMENTED
+
+
+async def test_a_question_is_forwarded_to_the_worker_that_is_named(group: WorkerGroup) -> None:
+    named, _ = await group.add_decode(), await group.add_decode()
+    async with forwarding(group) as control:
+        info = await control.GetInfo(
+            worker_control_pb2.GetInfoRequest(worker_id=named.identity.worker_id), timeout=GENEROUS_S
+        )
+
+    assert info.worker_id == named.identity.worker_id
+
+
+async def test_a_forwarded_question_that_names_no_worker_is_told_to(group: WorkerGroup) -> None:
+    async with forwarding(group) as control:
+        with pytest.raises(grpc.aio.AioRpcError, match="name the worker") as caught:
+            await control.GetInfo(worker_control_pb2.GetInfoRequest(), timeout=GENEROUS_S)
+
+    error = from_rpc_error(caught.value)
+    assert (error.reason, error.field) == (Reason.INVALID_FIELD, "worker_id")
+
+
+async def test_a_question_to_another_worker_is_refused(group: WorkerGroup) -> None:
+    worker = await group.add_decode()
+
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await group.control(worker).GetInfo(
+            worker_control_pb2.GetInfoRequest(worker_id="node/decode/9"), timeout=GENEROUS_S
+        )
+
+    assert from_rpc_error(caught.value).reason is Reason.NOT_FOUND
 
 
 async def test_forwarded_drain_passes_the_workers_own_refusal_on(group: WorkerGroup) -> None:

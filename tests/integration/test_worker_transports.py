@@ -110,7 +110,9 @@ async def test_transport_that_cannot_serve_the_pool_is_left_out(tmp_path: Path) 
 
 
 async def test_puller_that_says_nothing_is_served_by_what_reaches_furthest(tmp_path: Path) -> None:
-    memory = open_transports(network=MemoryNetwork(), host="127.0.0.1", kinds=OURS, shared_directory=tmp_path)
+    memory = open_transports(
+        network=MemoryNetwork(), host="127.0.0.1", kinds=("memory", *OURS), shared_directory=tmp_path
+    )
     transports = WorkerTransports(memory.transports)
     await transports.serve("w@1", memory.allocate(8, 64))
 
@@ -241,7 +243,9 @@ async def test_pool_without_room_in_shared_memory_lies_in_the_process(tmp_path: 
 
 
 async def test_pool_goes_to_the_first_transport_that_wants_it(tmp_path: Path) -> None:
-    memory = open_transports(network=MemoryNetwork(), host="127.0.0.1", kinds=OURS, shared_directory=tmp_path)
+    memory = open_transports(
+        network=MemoryNetwork(), host="127.0.0.1", kinds=("memory", *OURS), shared_directory=tmp_path
+    )
 
     engine = HeldSimulatedEngine(allocate=memory.allocate)
 

@@ -239,16 +239,24 @@ class ExchangeOpen(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     PROCESSOR_ID_FIELD_NUMBER: _builtins.int
+    MERGE_WITHIN_FIELD_NUMBER: _builtins.int
     processor_id: _builtins.str
     """Names the processor; a new Exchange of the same one supersedes the old."""
+    @_builtins.property
+    def merge_within(self) -> _duration_pb2.Duration:
+        """How long a worker with many requests on this stream may hold output of one that streams already, so that several
+        steps share a frame. The first output and the last are never held. 0 to 1 s; default 0: a frame for every step.
+        """
+
     def __init__(
         self,
         *,
         processor_id: _builtins.str = ...,
+        merge_within: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["merge_within", b"merge_within"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["processor_id", b"processor_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["merge_within", b"merge_within", "processor_id", b"processor_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -320,6 +328,7 @@ class ExchangeResponse(_message.Message):
     WORDS_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def accepted(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExchangeAccepted]:
         """Requests the worker now owns."""
@@ -352,6 +361,12 @@ class ExchangeResponse(_message.Message):
     def failed(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExchangeFailed]:
         """Requests that were rejected or failed, after their output in this frame."""
 
+    @_builtins.property
+    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExchangeLogprobs]:
+        """Log probabilities of the output tokens of this frame, for the requests that asked for them; a request may have
+        several entries, in order.
+        """
+
     def __init__(
         self,
         *,
@@ -363,14 +378,43 @@ class ExchangeResponse(_message.Message):
         words: _abc.Iterable[_builtins.str] | None = ...,
         finished: _abc.Iterable[Global___ExchangeFinished] | None = ...,
         failed: _abc.Iterable[Global___ExchangeFailed] | None = ...,
+        logprobs: _abc.Iterable[Global___ExchangeLogprobs] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "counts", b"counts", "failed", b"failed", "finished", b"finished", "prefills", b"prefills", "stream_ids", b"stream_ids", "token_ids", b"token_ids", "words", b"words"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "counts", b"counts", "failed", b"failed", "finished", b"finished", "logprobs", b"logprobs", "prefills", b"prefills", "stream_ids", b"stream_ids", "token_ids", b"token_ids", "words", b"words"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ExchangeResponse: _TypeAlias = ExchangeResponse  # noqa: Y015
+
+@_typing.final
+class ExchangeLogprobs(_message.Message):
+    """Log probabilities of some output tokens of one request."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STREAM_ID_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    stream_id: _builtins.int
+    """The request."""
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[_generation_pb2.TokenLogprobs]:
+        """One for each token."""
+
+    def __init__(
+        self,
+        *,
+        stream_id: _builtins.int = ...,
+        tokens: _abc.Iterable[_generation_pb2.TokenLogprobs] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["stream_id", b"stream_id", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExchangeLogprobs: _TypeAlias = ExchangeLogprobs  # noqa: Y015
 
 @_typing.final
 class ExchangeAccepted(_message.Message):

@@ -209,7 +209,9 @@ class GenerateTextRequest(_message.Message):
     """Model name; may be empty while the mesh serves exactly one."""
     @_builtins.property
     def sampling(self) -> _generation_pb2.SamplingParams:
-        """How to sample; at most 128 tokens are produced unless it says otherwise."""
+        """How to sample; at most 128 tokens are produced unless it says otherwise. `logprobs` is refused: the answer has no
+        place for them.
+        """
 
     @_builtins.property
     def routing(self) -> _generation_pb2.RoutingHints:
@@ -435,6 +437,7 @@ class Topology(_message.Message):
     COUNTERS_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
     INDEX_FIELD_NUMBER: _builtins.int
+    LATENCIES_FIELD_NUMBER: _builtins.int
     policy: _builtins.str
     """Name of the routing policy."""
     index: _builtins.str
@@ -451,6 +454,10 @@ class Topology(_message.Message):
     def counters(self) -> Global___TopologyCounters:
         """Totals since this frontend started."""
 
+    @_builtins.property
+    def latencies(self) -> Global___TopologyLatencies:
+        """How long requests waited lately, over all processors."""
+
     def __init__(
         self,
         *,
@@ -459,14 +466,91 @@ class Topology(_message.Message):
         counters: Global___TopologyCounters | None = ...,
         policy: _builtins.str = ...,
         index: _builtins.str = ...,
+        latencies: Global___TopologyLatencies | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "queue", b"queue"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "latencies", b"latencies", "queue", b"queue"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "index", b"index", "policy", b"policy", "queue", b"queue", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "index", b"index", "latencies", b"latencies", "policy", b"policy", "queue", b"queue", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Topology: _TypeAlias = Topology  # noqa: Y015
+
+@_typing.final
+class TopologyLatencies(_message.Message):
+    """How long requests waited lately."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WINDOW_FIELD_NUMBER: _builtins.int
+    TIME_TO_FIRST_TOKEN_FIELD_NUMBER: _builtins.int
+    INTER_TOKEN_TIME_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def window(self) -> _duration_pb2.Duration:
+        """What "lately" is."""
+
+    @_builtins.property
+    def time_to_first_token(self) -> Global___LatencyQuantiles:
+        """From a request's arrival to its first token, of the requests whose first token came in the window."""
+
+    @_builtins.property
+    def inter_token_time(self) -> Global___LatencyQuantiles:
+        """Between two tokens of a request, its mean, of the requests of two tokens or more that finished in the window."""
+
+    def __init__(
+        self,
+        *,
+        window: _duration_pb2.Duration | None = ...,
+        time_to_first_token: Global___LatencyQuantiles | None = ...,
+        inter_token_time: Global___LatencyQuantiles | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["inter_token_time", b"inter_token_time", "time_to_first_token", b"time_to_first_token", "window", b"window"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["inter_token_time", b"inter_token_time", "time_to_first_token", b"time_to_first_token", "window", b"window"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TopologyLatencies: _TypeAlias = TopologyLatencies  # noqa: Y015
+
+@_typing.final
+class LatencyQuantiles(_message.Message):
+    """A distribution of times."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    P50_FIELD_NUMBER: _builtins.int
+    P90_FIELD_NUMBER: _builtins.int
+    P99_FIELD_NUMBER: _builtins.int
+    requests: _builtins.int
+    """Requests that it is of: the newest 512 of each processor at most."""
+    @_builtins.property
+    def p50(self) -> _duration_pb2.Duration:
+        """Half of them took at most this; unset without requests."""
+
+    @_builtins.property
+    def p90(self) -> _duration_pb2.Duration:
+        """90% of them took at most this; unset without requests."""
+
+    @_builtins.property
+    def p99(self) -> _duration_pb2.Duration:
+        """99% of them took at most this; unset without requests."""
+
+    def __init__(
+        self,
+        *,
+        requests: _builtins.int = ...,
+        p50: _duration_pb2.Duration | None = ...,
+        p90: _duration_pb2.Duration | None = ...,
+        p99: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["p50", b"p50", "p90", b"p90", "p99", b"p99"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["p50", b"p50", "p90", b"p90", "p99", b"p99", "requests", b"requests"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LatencyQuantiles: _TypeAlias = LatencyQuantiles  # noqa: Y015
 
 @_typing.final
 class TopologyWorker(_message.Message):
@@ -485,6 +569,10 @@ class TopologyWorker(_message.Message):
     WAITING_REQUESTS_FIELD_NUMBER: _builtins.int
     PREFIX_HIT_RATE_FIELD_NUMBER: _builtins.int
     ADDRESS_FIELD_NUMBER: _builtins.int
+    ACTIVE_PREFILL_TOKENS_FIELD_NUMBER: _builtins.int
+    INDEXED_BLOCKS_FIELD_NUMBER: _builtins.int
+    INDEX_DEGRADED_FIELD_NUMBER: _builtins.int
+    RESERVATIONS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Stable id, node/role/n."""
     node: _builtins.str
@@ -507,6 +595,14 @@ class TopologyWorker(_message.Message):
     """Cached prompt tokens over prompt tokens since its start, 0..1."""
     address: _builtins.str
     """Address of its gRPC server."""
+    active_prefill_tokens: _builtins.int
+    """Prompt tokens still to be computed on it, by the router's estimate."""
+    indexed_blocks: _builtins.int
+    """Blocks of it in the router's index."""
+    index_degraded: _builtins.bool
+    """Its part of the index is not to be trusted: it is routed to by load alone."""
+    reservations: _builtins.int
+    """The router's bookings on it."""
     def __init__(
         self,
         *,
@@ -521,10 +617,14 @@ class TopologyWorker(_message.Message):
         waiting_requests: _builtins.int = ...,
         prefix_hit_rate: _builtins.float = ...,
         address: _builtins.str = ...,
+        active_prefill_tokens: _builtins.int = ...,
+        indexed_blocks: _builtins.int = ...,
+        index_degraded: _builtins.bool = ...,
+        reservations: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_blocks", b"active_blocks", "active_requests", b"active_requests", "address", b"address", "epoch", b"epoch", "id", b"id", "node", b"node", "prefix_hit_rate", b"prefix_hit_rate", "role", b"role", "state", b"state", "total_blocks", b"total_blocks", "waiting_requests", b"waiting_requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_blocks", b"active_blocks", "active_prefill_tokens", b"active_prefill_tokens", "active_requests", b"active_requests", "address", b"address", "epoch", b"epoch", "id", b"id", "index_degraded", b"index_degraded", "indexed_blocks", b"indexed_blocks", "node", b"node", "prefix_hit_rate", b"prefix_hit_rate", "reservations", b"reservations", "role", b"role", "state", b"state", "total_blocks", b"total_blocks", "waiting_requests", b"waiting_requests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1akvmesh/v1/generation.proto\x12\tkvmesh.v1\x1a\x1egoogle/protobuf/duration.proto\"\x1d\n\x08TokenIds\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"8\n\x0c\x43hatMessages\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.kvmesh.v1.ChatMessage\"x\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x13.kvmesh.v1.TokenIdsH\x00\x12+\n\x08messages\x18\x03 \x01(\x0b\x32\x17.kvmesh.v1.ChatMessagesH\x00\x42\x07\n\x05input\"\xdc\x01\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x12\n\nignore_eos\x18\x07 \x01(\x08\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seed\"\x8f\x04\n\x0cRoutingHints\x12\x18\n\x10pinned_worker_id\x18\x01 \x01(\t\x12\x1a\n\x12\x61llowed_worker_ids\x18\x02 \x03(\t\x12\x1b\n\x13\x65xcluded_worker_ids\x18\x03 \x03(\t\x12\x44\n\x0frequired_labels\x18\x04 \x03(\x0b\x32+.kvmesh.v1.RoutingHints.RequiredLabelsEntry\x12\x46\n\x10preferred_labels\x18\x05 \x03(\x0b\x32,.kvmesh.v1.RoutingHints.PreferredLabelsEntry\x12\x12\n\nsession_id\x18\x06 \x01(\t\x12\x15\n\x08priority\x18\x07 \x01(\rH\x00\x88\x01\x01\x12&\n\x04\x63ost\x18\x08 \x01(\x0b\x32\x18.kvmesh.v1.CostOverrides\x12\x0c\n\x04lora\x18\t \x01(\t\x12\x17\n\x0f\x63\x61\x63he_namespace\x18\n \x01(\t\x12\x18\n\x0bpinned_rank\x18\x0b \x01(\rH\x01\x88\x01\x01\x1a\x35\n\x13RequiredLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a\x36\n\x14PreferredLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x0b\n\t_priorityB\x0e\n\x0c_pinned_rank\"\xc7\x01\n\rCostOverrides\x12\x1b\n\x0eoverlap_credit\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x1a\n\rprefill_scale\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x1b\n\x0erequest_weight\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x18\n\x0btemperature\x18\x04 \x01(\x01H\x03\x88\x01\x01\x42\x11\n\x0f_overlap_creditB\x10\n\x0e_prefill_scaleB\x11\n\x0f_request_weightB\x0e\n\x0c_temperature\"(\n\x05\x43hunk\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"\x87\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x1d\n\x15remote_prefill_tokens\x18\x04 \x01(\r\x12\x16\n\x0ekv_bytes_moved\x18\x05 \x01(\x04\"T\n\x08\x46inished\x12\'\n\x06reason\x18\x01 \x01(\x0e\x32\x17.kvmesh.v1.FinishReason\x12\x1f\n\x05usage\x18\x02 \x01(\x0b\x32\x10.kvmesh.v1.Usage\"1\n\x0fPrefillDecision\x12\x0e\n\x06remote\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\xa4\x01\n\x08KvLayout\x12\r\n\x05\x64type\x18\x01 \x01(\t\x12\x0e\n\x06layers\x18\x02 \x01(\r\x12\x12\n\nblock_size\x18\x03 \x01(\r\x12\x10\n\x08kv_heads\x18\x04 \x01(\r\x12\x10\n\x08head_dim\x18\x05 \x01(\r\x12\r\n\x05order\x18\x06 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x07 \x01(\t\x12\x17\n\x0f\x62ytes_per_block\x18\x08 \x01(\x04\"\x8a\x03\n\tKvHandoff\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x06\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x11\n\ttransport\x18\x04 \x01(\t\x12\x12\n\nagent_name\x18\x05 \x01(\t\x12#\n\x06layout\x18\x06 \x01(\x0b\x32\x13.kvmesh.v1.KvLayout\x12\x13\n\x0b\x66irst_block\x18\x07 \x01(\r\x12\x14\n\x0c\x62lock_hashes\x18\x08 \x03(\x06\x12\x13\n\x0b\x62ytes_total\x18\t \x01(\x04\x12\x15\n\x08\x63hecksum\x18\n \x01(\x06H\x01\x88\x01\x01\x12\x0e\n\x06pin_id\x18\x0b \x01(\x06\x12*\n\x07pin_ttl\x18\x0c \x01(\x0b\x32\x19.google.protobuf.Duration\x12%\n\x06\x62locks\x18\r \x01(\x0b\x32\x13.kvmesh.v1.KvBlocksH\x00\x12\x16\n\x0c\x65ngine_state\x18\x0e \x01(\x0cH\x00\x12\x14\n\x0c\x66irst_tokens\x18\x0f \x03(\rB\t\n\x07\x63ontentB\x0b\n\t_checksum\"$\n\x08KvBlocks\x12\x18\n\x10source_block_ids\x18\x01 \x03(\r*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1akvmesh/v1/generation.proto\x12\tkvmesh.v1\x1a\x1egoogle/protobuf/duration.proto\"\x1d\n\x08TokenIds\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"8\n\x0c\x43hatMessages\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.kvmesh.v1.ChatMessage\"x\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x13.kvmesh.v1.TokenIdsH\x00\x12+\n\x08messages\x18\x03 \x01(\x0b\x32\x17.kvmesh.v1.ChatMessagesH\x00\x42\x07\n\x05input\"\x99\x02\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x12\n\nignore_eos\x18\x07 \x01(\x08\x12\x15\n\x08logprobs\x18\x08 \x01(\rH\x05\x88\x01\x01\x12\x17\n\x0fresponse_format\x18\t \x01(\tB\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\x0b\n\t_logprobs\"\x8f\x04\n\x0cRoutingHints\x12\x18\n\x10pinned_worker_id\x18\x01 \x01(\t\x12\x1a\n\x12\x61llowed_worker_ids\x18\x02 \x03(\t\x12\x1b\n\x13\x65xcluded_worker_ids\x18\x03 \x03(\t\x12\x44\n\x0frequired_labels\x18\x04 \x03(\x0b\x32+.kvmesh.v1.RoutingHints.RequiredLabelsEntry\x12\x46\n\x10preferred_labels\x18\x05 \x03(\x0b\x32,.kvmesh.v1.RoutingHints.PreferredLabelsEntry\x12\x12\n\nsession_id\x18\x06 \x01(\t\x12\x15\n\x08priority\x18\x07 \x01(\rH\x00\x88\x01\x01\x12&\n\x04\x63ost\x18\x08 \x01(\x0b\x32\x18.kvmesh.v1.CostOverrides\x12\x0c\n\x04lora\x18\t \x01(\t\x12\x17\n\x0f\x63\x61\x63he_namespace\x18\n \x01(\t\x12\x18\n\x0bpinned_rank\x18\x0b \x01(\rH\x01\x88\x01\x01\x1a\x35\n\x13RequiredLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a\x36\n\x14PreferredLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x0b\n\t_priorityB\x0e\n\x0c_pinned_rank\"\xc7\x01\n\rCostOverrides\x12\x1b\n\x0eoverlap_credit\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x1a\n\rprefill_scale\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x1b\n\x0erequest_weight\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x18\n\x0btemperature\x18\x04 \x01(\x01H\x03\x88\x01\x01\x42\x11\n\x0f_overlap_creditB\x10\n\x0e_prefill_scaleB\x11\n\x0f_request_weightB\x0e\n\x0c_temperature\"T\n\x05\x43hunk\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12*\n\x08logprobs\x18\x03 \x03(\x0b\x32\x18.kvmesh.v1.TokenLogprobs\"f\n\x07Logprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x19\n\x0coutput_bytes\x18\x04 \x01(\x0cH\x00\x88\x01\x01\x42\x0f\n\r_output_bytes\"S\n\rTokenLogprobs\x12!\n\x05token\x18\x01 \x01(\x0b\x32\x12.kvmesh.v1.Logprob\x12\x1f\n\x03top\x18\x02 \x03(\x0b\x32\x12.kvmesh.v1.Logprob\"\x87\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x1d\n\x15remote_prefill_tokens\x18\x04 \x01(\r\x12\x16\n\x0ekv_bytes_moved\x18\x05 \x01(\x04\"T\n\x08\x46inished\x12\'\n\x06reason\x18\x01 \x01(\x0e\x32\x17.kvmesh.v1.FinishReason\x12\x1f\n\x05usage\x18\x02 \x01(\x0b\x32\x10.kvmesh.v1.Usage\"1\n\x0fPrefillDecision\x12\x0e\n\x06remote\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\xa4\x01\n\x08KvLayout\x12\r\n\x05\x64type\x18\x01 \x01(\t\x12\x0e\n\x06layers\x18\x02 \x01(\r\x12\x12\n\nblock_size\x18\x03 \x01(\r\x12\x10\n\x08kv_heads\x18\x04 \x01(\r\x12\x10\n\x08head_dim\x18\x05 \x01(\r\x12\r\n\x05order\x18\x06 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x07 \x01(\t\x12\x17\n\x0f\x62ytes_per_block\x18\x08 \x01(\x04\"\xa7\x03\n\tKvHandoff\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x06\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x11\n\ttransport\x18\x04 \x01(\t\x12\x12\n\nagent_name\x18\x05 \x01(\t\x12#\n\x06layout\x18\x06 \x01(\x0b\x32\x13.kvmesh.v1.KvLayout\x12\x13\n\x0b\x66irst_block\x18\x07 \x01(\r\x12\x14\n\x0c\x62lock_hashes\x18\x08 \x03(\x06\x12\x13\n\x0b\x62ytes_total\x18\t \x01(\x04\x12\x19\n\x08\x63hecksum\x18\n \x01(\x06\x42\x02\x18\x01H\x01\x88\x01\x01\x12\x0e\n\x06pin_id\x18\x0b \x01(\x06\x12*\n\x07pin_ttl\x18\x0c \x01(\x0b\x32\x19.google.protobuf.Duration\x12%\n\x06\x62locks\x18\r \x01(\x0b\x32\x13.kvmesh.v1.KvBlocksH\x00\x12\x16\n\x0c\x65ngine_state\x18\x0e \x01(\x0cH\x00\x12\x14\n\x0c\x66irst_tokens\x18\x0f \x03(\r\x12\x17\n\x0f\x62lock_checksums\x18\x10 \x03(\x06\x42\t\n\x07\x63ontentB\x0b\n\t_checksum\"$\n\x08KvBlocks\x12\x18\n\x10source_block_ids\x18\x01 \x03(\r*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,8 +36,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ROUTINGHINTS_REQUIREDLABELSENTRY']._serialized_options = b'8\001'
   _globals['_ROUTINGHINTS_PREFERREDLABELSENTRY']._loaded_options = None
   _globals['_ROUTINGHINTS_PREFERREDLABELSENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=2204
-  _globals['_FINISHREASON']._serialized_end=2299
+  _globals['_KVHANDOFF'].fields_by_name['checksum']._loaded_options = None
+  _globals['_KVHANDOFF'].fields_by_name['checksum']._serialized_options = b'\030\001'
+  _globals['_FINISHREASON']._serialized_start=2527
+  _globals['_FINISHREASON']._serialized_end=2622
   _globals['_TOKENIDS']._serialized_start=73
   _globals['_TOKENIDS']._serialized_end=102
   _globals['_CHATMESSAGE']._serialized_start=104
@@ -47,27 +49,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PROMPT']._serialized_start=208
   _globals['_PROMPT']._serialized_end=328
   _globals['_SAMPLINGPARAMS']._serialized_start=331
-  _globals['_SAMPLINGPARAMS']._serialized_end=551
-  _globals['_ROUTINGHINTS']._serialized_start=554
-  _globals['_ROUTINGHINTS']._serialized_end=1081
-  _globals['_ROUTINGHINTS_REQUIREDLABELSENTRY']._serialized_start=943
-  _globals['_ROUTINGHINTS_REQUIREDLABELSENTRY']._serialized_end=996
-  _globals['_ROUTINGHINTS_PREFERREDLABELSENTRY']._serialized_start=998
-  _globals['_ROUTINGHINTS_PREFERREDLABELSENTRY']._serialized_end=1052
-  _globals['_COSTOVERRIDES']._serialized_start=1084
-  _globals['_COSTOVERRIDES']._serialized_end=1283
-  _globals['_CHUNK']._serialized_start=1285
-  _globals['_CHUNK']._serialized_end=1325
-  _globals['_USAGE']._serialized_start=1328
-  _globals['_USAGE']._serialized_end=1463
-  _globals['_FINISHED']._serialized_start=1465
-  _globals['_FINISHED']._serialized_end=1549
-  _globals['_PREFILLDECISION']._serialized_start=1551
-  _globals['_PREFILLDECISION']._serialized_end=1600
-  _globals['_KVLAYOUT']._serialized_start=1603
-  _globals['_KVLAYOUT']._serialized_end=1767
-  _globals['_KVHANDOFF']._serialized_start=1770
-  _globals['_KVHANDOFF']._serialized_end=2164
-  _globals['_KVBLOCKS']._serialized_start=2166
-  _globals['_KVBLOCKS']._serialized_end=2202
+  _globals['_SAMPLINGPARAMS']._serialized_end=612
+  _globals['_ROUTINGHINTS']._serialized_start=615
+  _globals['_ROUTINGHINTS']._serialized_end=1142
+  _globals['_ROUTINGHINTS_REQUIREDLABELSENTRY']._serialized_start=1004
+  _globals['_ROUTINGHINTS_REQUIREDLABELSENTRY']._serialized_end=1057
+  _globals['_ROUTINGHINTS_PREFERREDLABELSENTRY']._serialized_start=1059
+  _globals['_ROUTINGHINTS_PREFERREDLABELSENTRY']._serialized_end=1113
+  _globals['_COSTOVERRIDES']._serialized_start=1145
+  _globals['_COSTOVERRIDES']._serialized_end=1344
+  _globals['_CHUNK']._serialized_start=1346
+  _globals['_CHUNK']._serialized_end=1430
+  _globals['_LOGPROB']._serialized_start=1432
+  _globals['_LOGPROB']._serialized_end=1534
+  _globals['_TOKENLOGPROBS']._serialized_start=1536
+  _globals['_TOKENLOGPROBS']._serialized_end=1619
+  _globals['_USAGE']._serialized_start=1622
+  _globals['_USAGE']._serialized_end=1757
+  _globals['_FINISHED']._serialized_start=1759
+  _globals['_FINISHED']._serialized_end=1843
+  _globals['_PREFILLDECISION']._serialized_start=1845
+  _globals['_PREFILLDECISION']._serialized_end=1894
+  _globals['_KVLAYOUT']._serialized_start=1897
+  _globals['_KVLAYOUT']._serialized_end=2061
+  _globals['_KVHANDOFF']._serialized_start=2064
+  _globals['_KVHANDOFF']._serialized_end=2487
+  _globals['_KVBLOCKS']._serialized_start=2489
+  _globals['_KVBLOCKS']._serialized_end=2525
 # @@protoc_insertion_point(module_scope)

@@ -22,6 +22,11 @@ if sys.version_info >= (3, 11):
 else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
+if sys.version_info >= (3, 13):
+    from warnings import deprecated as _deprecated
+else:
+    from typing_extensions import deprecated as _deprecated
+
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class _FinishReason:
@@ -171,6 +176,8 @@ class SamplingParams(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     STOP_FIELD_NUMBER: _builtins.int
     IGNORE_EOS_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    RESPONSE_FORMAT_FIELD_NUMBER: _builtins.int
     max_tokens: _builtins.int
     """Tokens to produce at most; 1 or more, else INVALID_FIELD. Default 128, at most what the context leaves."""
     temperature: _builtins.float
@@ -183,6 +190,14 @@ class SamplingParams(_message.Message):
     """Makes sampling repeatable. Default: drawn by the worker."""
     ignore_eos: _builtins.bool
     """Go on past the model's end-of-sequence token. Default false."""
+    logprobs: _builtins.int
+    """Also return the log probability of each output token, and of so many of the likeliest in its place; 0..20, 0 = of
+    the token alone. Unset = none. INVALID_FIELD from a worker whose engine knows none.
+    """
+    response_format: _builtins.str
+    """The form that the output must have: JSON, the `response_format` of the OpenAI API; up to 64 KiB. Empty = any.
+    INVALID_FIELD from a worker whose engine cannot keep to one.
+    """
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Text that ends the output, and is not part of it; up to 4 entries, none empty."""
@@ -197,11 +212,15 @@ class SamplingParams(_message.Message):
         seed: _builtins.int | None = ...,
         stop: _abc.Iterable[_builtins.str] | None = ...,
         ignore_eos: _builtins.bool = ...,
+        logprobs: _builtins.int | None = ...,
+        response_format: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "max_tokens", b"max_tokens", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "ignore_eos", b"ignore_eos", "max_tokens", b"max_tokens", "seed", b"seed", "stop", b"stop", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "ignore_eos", b"ignore_eos", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "response_format", b"response_format", "seed", b"seed", "stop", b"stop", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
+    _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
     _WhichOneofReturnType__max_tokens: _TypeAlias = _typing.Literal["max_tokens"]  # noqa: Y015
     _WhichOneofArgType__max_tokens: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
@@ -212,6 +231,8 @@ class SamplingParams(_message.Message):
     _WhichOneofArgType__top_k: _TypeAlias = _typing.Literal["_top_k", b"_top_k"]  # noqa: Y015
     _WhichOneofReturnType__top_p: _TypeAlias = _typing.Literal["top_p"]  # noqa: Y015
     _WhichOneofArgType__top_p: _TypeAlias = _typing.Literal["_top_p", b"_top_p"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__logprobs) -> _WhichOneofReturnType__logprobs | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_tokens) -> _WhichOneofReturnType__max_tokens | None: ...
     @_typing.overload
@@ -401,25 +422,99 @@ class Chunk(_message.Message):
 
     TEXT_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """The output text of these tokens. Bytes of an incomplete character are held back until it is whole."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The output tokens; empty for workers that produce text."""
 
+    @_builtins.property
+    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprobs]:
+        """With SamplingParams.logprobs: of the tokens whose text is in this chunk, in order. Where text is held back because
+        it may become a stop string, its tokens' entries come with it, later than their token_ids.
+        """
+
     def __init__(
         self,
         *,
         text: _builtins.str = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        logprobs: _abc.Iterable[Global___TokenLogprobs] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Chunk: _TypeAlias = Chunk  # noqa: Y015
+
+@_typing.final
+class Logprob(_message.Message):
+    """How likely a token was, by the model's own distribution: before temperature, top_k and top_p."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_ID_FIELD_NUMBER: _builtins.int
+    LOGPROB_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    OUTPUT_BYTES_FIELD_NUMBER: _builtins.int
+    token_id: _builtins.int
+    """The token."""
+    logprob: _builtins.float
+    """Natural logarithm of its probability; 0 or below."""
+    text: _builtins.str
+    """Its text; U+FFFD for bytes that are no whole character, its name for a special token. Set by the processor."""
+    output_bytes: _builtins.bytes
+    """The bytes it adds to the output, maybe a part of a character; unset for a special token. Set by the processor."""
+    def __init__(
+        self,
+        *,
+        token_id: _builtins.int = ...,
+        logprob: _builtins.float = ...,
+        text: _builtins.str = ...,
+        output_bytes: _builtins.bytes | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_output_bytes", b"_output_bytes", "output_bytes", b"output_bytes"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_output_bytes", b"_output_bytes", "logprob", b"logprob", "output_bytes", b"output_bytes", "text", b"text", "token_id", b"token_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__output_bytes: _TypeAlias = _typing.Literal["output_bytes"]  # noqa: Y015
+    _WhichOneofArgType__output_bytes: _TypeAlias = _typing.Literal["_output_bytes", b"_output_bytes"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__output_bytes) -> _WhichOneofReturnType__output_bytes | None: ...
+
+Global___Logprob: _TypeAlias = Logprob  # noqa: Y015
+
+@_typing.final
+class TokenLogprobs(_message.Message):
+    """What was known of one output token when it was chosen."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_FIELD_NUMBER: _builtins.int
+    TOP_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def token(self) -> Global___Logprob:
+        """The output token."""
+
+    @_builtins.property
+    def top(self) -> _containers.RepeatedCompositeFieldContainer[Global___Logprob]:
+        """The likeliest tokens in its place, likeliest first; as many as SamplingParams.logprobs asked for."""
+
+    def __init__(
+        self,
+        *,
+        token: Global___Logprob | None = ...,
+        top: _abc.Iterable[Global___Logprob] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["token", b"token"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["token", b"token", "top", b"top"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenLogprobs: _TypeAlias = TokenLogprobs  # noqa: Y015
 
 @_typing.final
 class Usage(_message.Message):
@@ -584,6 +679,7 @@ class KvHandoff(_message.Message):
     BLOCKS_FIELD_NUMBER: _builtins.int
     ENGINE_STATE_FIELD_NUMBER: _builtins.int
     FIRST_TOKENS_FIELD_NUMBER: _builtins.int
+    BLOCK_CHECKSUMS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Who holds the blocks."""
     epoch: _builtins.int
@@ -598,8 +694,16 @@ class KvHandoff(_message.Message):
     """Index in the prompt of the first block handed over."""
     bytes_total: _builtins.int
     """Bytes of all blocks together."""
-    checksum: _builtins.int
-    """xxh3-64 over the blocks' bytes, in order; unset = not computed."""
+    @_builtins.property
+    @_deprecated("""This field has been marked as deprecated using proto field options.""")
+    def checksum(self) -> _builtins.int:
+        """Never set: block_checksums has one for each block, because a puller may need only some of them."""
+
+    @checksum.setter
+    @_deprecated("""This field has been marked as deprecated using proto field options.""")
+    def checksum(self, value: _builtins.int) -> None:
+        """Never set: block_checksums has one for each block, because a puller may need only some of them."""
+
     pin_id: _builtins.int
     """What KvTransfer.Release takes."""
     engine_state: _builtins.bytes
@@ -624,6 +728,12 @@ class KvHandoff(_message.Message):
     def first_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Tokens the prefill sampled. Engine-native mode only: elsewhere decode is the only sampler."""
 
+    @_builtins.property
+    def block_checksums(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """xxh3-64 of each block's bytes, in the order of block_hashes; empty = not computed. What arrives with another one is
+        dropped: KV_TRANSFER_FAILED.
+        """
+
     def __init__(
         self,
         *,
@@ -642,10 +752,11 @@ class KvHandoff(_message.Message):
         blocks: Global___KvBlocks | None = ...,
         engine_state: _builtins.bytes = ...,
         first_tokens: _abc.Iterable[_builtins.int] | None = ...,
+        block_checksums: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_checksum", b"_checksum", "blocks", b"blocks", "checksum", b"checksum", "content", b"content", "engine_state", b"engine_state", "layout", b"layout", "pin_ttl", b"pin_ttl"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checksum", b"_checksum", "address", b"address", "agent_name", b"agent_name", "block_hashes", b"block_hashes", "blocks", b"blocks", "bytes_total", b"bytes_total", "checksum", b"checksum", "content", b"content", "engine_state", b"engine_state", "epoch", b"epoch", "first_block", b"first_block", "first_tokens", b"first_tokens", "layout", b"layout", "pin_id", b"pin_id", "pin_ttl", b"pin_ttl", "transport", b"transport", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checksum", b"_checksum", "address", b"address", "agent_name", b"agent_name", "block_checksums", b"block_checksums", "block_hashes", b"block_hashes", "blocks", b"blocks", "bytes_total", b"bytes_total", "checksum", b"checksum", "content", b"content", "engine_state", b"engine_state", "epoch", b"epoch", "first_block", b"first_block", "first_tokens", b"first_tokens", "layout", b"layout", "pin_id", b"pin_id", "pin_ttl", b"pin_ttl", "transport", b"transport", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__checksum: _TypeAlias = _typing.Literal["checksum"]  # noqa: Y015
     _WhichOneofArgType__checksum: _TypeAlias = _typing.Literal["_checksum", b"_checksum"]  # noqa: Y015

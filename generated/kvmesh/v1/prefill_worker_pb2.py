@@ -26,7 +26,7 @@ from kvmesh.v1 import generation_pb2 as kvmesh_dot_v1_dot_generation__pb2
 from kvmesh.v1 import prefill_queue_pb2 as kvmesh_dot_v1_dot_prefill__queue__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ekvmesh/v1/prefill_worker.proto\x12\tkvmesh.v1\x1a\x1akvmesh/v1/generation.proto\x1a\x1dkvmesh/v1/prefill_queue.proto\"D\n\x1cPrefillWorkerGenerateRequest\x12$\n\x04task\x18\x01 \x01(\x0b\x32\x16.kvmesh.v1.PrefillTask\"\x81\x01\n\x1dPrefillWorkerGenerateResponse\x12.\n\x08progress\x18\x01 \x01(\x0b\x32\x1a.kvmesh.v1.PrefillProgressH\x00\x12\'\n\x07handoff\x18\x02 \x01(\x0b\x32\x14.kvmesh.v1.KvHandoffH\x00\x42\x07\n\x05\x65vent\"*\n\x0fPrefillProgress\x12\x17\n\x0f\x63omputed_tokens\x18\x01 \x01(\r2p\n\rPrefillWorker\x12_\n\x08Generate\x12\'.kvmesh.v1.PrefillWorkerGenerateRequest\x1a(.kvmesh.v1.PrefillWorkerGenerateResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ekvmesh/v1/prefill_worker.proto\x12\tkvmesh.v1\x1a\x1akvmesh/v1/generation.proto\x1a\x1dkvmesh/v1/prefill_queue.proto\"D\n\x1cPrefillWorkerGenerateRequest\x12$\n\x04task\x18\x01 \x01(\x0b\x32\x16.kvmesh.v1.PrefillTask\"\x81\x01\n\x1dPrefillWorkerGenerateResponse\x12.\n\x08progress\x18\x01 \x01(\x0b\x32\x1a.kvmesh.v1.PrefillProgressH\x00\x12\'\n\x07handoff\x18\x02 \x01(\x0b\x32\x14.kvmesh.v1.KvHandoffH\x00\x42\x07\n\x05\x65vent\"X\n\x0fPrefillProgress\x12\x17\n\x0f\x63omputed_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x15\n\rprefix_tokens\x18\x03 \x01(\r\"=\n\x1aPrefillWorkerCancelRequest\x12\x1f\n\x03key\x18\x01 \x01(\x0b\x32\x12.kvmesh.v1.TaskKey\"\x1d\n\x1bPrefillWorkerCancelResponse2\xc9\x01\n\rPrefillWorker\x12_\n\x08Generate\x12\'.kvmesh.v1.PrefillWorkerGenerateRequest\x1a(.kvmesh.v1.PrefillWorkerGenerateResponse0\x01\x12W\n\x06\x43\x61ncel\x12%.kvmesh.v1.PrefillWorkerCancelRequest\x1a&.kvmesh.v1.PrefillWorkerCancelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,7 +38,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PREFILLWORKERGENERATERESPONSE']._serialized_start=175
   _globals['_PREFILLWORKERGENERATERESPONSE']._serialized_end=304
   _globals['_PREFILLPROGRESS']._serialized_start=306
-  _globals['_PREFILLPROGRESS']._serialized_end=348
-  _globals['_PREFILLWORKER']._serialized_start=350
-  _globals['_PREFILLWORKER']._serialized_end=462
+  _globals['_PREFILLPROGRESS']._serialized_end=394
+  _globals['_PREFILLWORKERCANCELREQUEST']._serialized_start=396
+  _globals['_PREFILLWORKERCANCELREQUEST']._serialized_end=457
+  _globals['_PREFILLWORKERCANCELRESPONSE']._serialized_start=459
+  _globals['_PREFILLWORKERCANCELRESPONSE']._serialized_end=488
+  _globals['_PREFILLWORKER']._serialized_start=491
+  _globals['_PREFILLWORKER']._serialized_end=692
 # @@protoc_insertion_point(module_scope)

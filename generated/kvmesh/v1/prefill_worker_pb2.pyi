@@ -81,17 +81,66 @@ class PrefillProgress(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     COMPUTED_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    PREFIX_TOKENS_FIELD_NUMBER: _builtins.int
     computed_tokens: _builtins.int
-    """Prompt tokens whose KV is complete."""
+    """Prompt tokens that this worker computed; 0 until it has."""
+    cached_tokens: _builtins.int
+    """Those it held already; 0 until it has computed the rest."""
+    prefix_tokens: _builtins.int
+    """Those it pulled from the task's prefix; 0 until it has computed the rest."""
     def __init__(
         self,
         *,
         computed_tokens: _builtins.int = ...,
+        cached_tokens: _builtins.int = ...,
+        prefix_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["computed_tokens", b"computed_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "computed_tokens", b"computed_tokens", "prefix_tokens", b"prefix_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PrefillProgress: _TypeAlias = PrefillProgress  # noqa: Y015
+
+@_typing.final
+class PrefillWorkerCancelRequest(_message.Message):
+    """See PrefillWorker.Cancel."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def key(self) -> _prefill_queue_pb2.TaskKey:
+        """Of the task."""
+
+    def __init__(
+        self,
+        *,
+        key: _prefill_queue_pb2.TaskKey | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefillWorkerCancelRequest: _TypeAlias = PrefillWorkerCancelRequest  # noqa: Y015
+
+@_typing.final
+class PrefillWorkerCancelResponse(_message.Message):
+    """Nothing more to say."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefillWorkerCancelResponse: _TypeAlias = PrefillWorkerCancelResponse  # noqa: Y015

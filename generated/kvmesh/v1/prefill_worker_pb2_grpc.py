@@ -40,6 +40,11 @@ class PrefillWorkerStub(object):
                 request_serializer=kvmesh_dot_v1_dot_prefill__worker__pb2.PrefillWorkerGenerateRequest.SerializeToString,
                 response_deserializer=kvmesh_dot_v1_dot_prefill__worker__pb2.PrefillWorkerGenerateResponse.FromString,
                 _registered_method=True)
+        self.Cancel = channel.unary_unary(
+                '/kvmesh.v1.PrefillWorker/Cancel',
+                request_serializer=kvmesh_dot_v1_dot_prefill__worker__pb2.PrefillWorkerCancelRequest.SerializeToString,
+                response_deserializer=kvmesh_dot_v1_dot_prefill__worker__pb2.PrefillWorkerCancelResponse.FromString,
+                _registered_method=True)
 
 
 class PrefillWorkerServicer(object):
@@ -47,8 +52,16 @@ class PrefillWorkerServicer(object):
     """
 
     def Generate(self, request, context):
-        """Compute a task: progress, then the handoff. The caller releases the handoff's pin. LAYOUT_MISMATCH,
-        PREFILL_FAILED, OVERLOADED, DEADLINE, DRAINING.
+        """Compute a task: progress once it is accepted and once it is computed, then the handoff. The caller releases the
+        handoff's pin. LAYOUT_MISMATCH, PREFILL_FAILED, OVERLOADED, DEADLINE, DRAINING.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Cancel(self, request, context):
+        """Give up a task: what runs of it stops, and what was handed over is freed. For callers that left before they had read
+        the handoff. Idempotent; a task that is not known is OK. INVALID_FIELD.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -61,6 +74,11 @@ def add_PrefillWorkerServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=kvmesh_dot_v1_dot_prefill__worker__pb2.PrefillWorkerGenerateRequest.FromString,
                     response_serializer=kvmesh_dot_v1_dot_prefill__worker__pb2.PrefillWorkerGenerateResponse.SerializeToString,
+            ),
+            'Cancel': grpc.unary_unary_rpc_method_handler(
+                    servicer.Cancel,
+                    request_deserializer=kvmesh_dot_v1_dot_prefill__worker__pb2.PrefillWorkerCancelRequest.FromString,
+                    response_serializer=kvmesh_dot_v1_dot_prefill__worker__pb2.PrefillWorkerCancelResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -91,6 +109,33 @@ class PrefillWorker(object):
             '/kvmesh.v1.PrefillWorker/Generate',
             kvmesh_dot_v1_dot_prefill__worker__pb2.PrefillWorkerGenerateRequest.SerializeToString,
             kvmesh_dot_v1_dot_prefill__worker__pb2.PrefillWorkerGenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Cancel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvmesh.v1.PrefillWorker/Cancel',
+            kvmesh_dot_v1_dot_prefill__worker__pb2.PrefillWorkerCancelRequest.SerializeToString,
+            kvmesh_dot_v1_dot_prefill__worker__pb2.PrefillWorkerCancelResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -34,8 +34,12 @@ class PrefillWorkerStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> PrefillWorkerAsyncStub: ...
     Generate: _grpc.UnaryStreamMultiCallable[_prefill_worker_pb2.PrefillWorkerGenerateRequest, _prefill_worker_pb2.PrefillWorkerGenerateResponse]
-    """Compute a task: progress, then the handoff. The caller releases the handoff's pin. LAYOUT_MISMATCH,
-    PREFILL_FAILED, OVERLOADED, DEADLINE, DRAINING.
+    """Compute a task: progress once it is accepted and once it is computed, then the handoff. The caller releases the
+    handoff's pin. LAYOUT_MISMATCH, PREFILL_FAILED, OVERLOADED, DEADLINE, DRAINING.
+    """
+    Cancel: _grpc.UnaryUnaryMultiCallable[_prefill_worker_pb2.PrefillWorkerCancelRequest, _prefill_worker_pb2.PrefillWorkerCancelResponse]
+    """Give up a task: what runs of it stops, and what was handed over is freed. For callers that left before they had read
+    the handoff. Idempotent; a task that is not known is OK. INVALID_FIELD.
     """
 
 @_typing.type_check_only
@@ -44,8 +48,12 @@ class PrefillWorkerAsyncStub(PrefillWorkerStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_prefill_worker_pb2.PrefillWorkerGenerateRequest, _prefill_worker_pb2.PrefillWorkerGenerateResponse]  # type: ignore[assignment]
-    """Compute a task: progress, then the handoff. The caller releases the handoff's pin. LAYOUT_MISMATCH,
-    PREFILL_FAILED, OVERLOADED, DEADLINE, DRAINING.
+    """Compute a task: progress once it is accepted and once it is computed, then the handoff. The caller releases the
+    handoff's pin. LAYOUT_MISMATCH, PREFILL_FAILED, OVERLOADED, DEADLINE, DRAINING.
+    """
+    Cancel: _aio.UnaryUnaryMultiCallable[_prefill_worker_pb2.PrefillWorkerCancelRequest, _prefill_worker_pb2.PrefillWorkerCancelResponse]  # type: ignore[assignment]
+    """Give up a task: what runs of it stops, and what was handed over is freed. For callers that left before they had read
+    the handoff. Idempotent; a task that is not known is OK. INVALID_FIELD.
     """
 
 class PrefillWorkerServicer(metaclass=_abc_1.ABCMeta):
@@ -57,8 +65,18 @@ class PrefillWorkerServicer(metaclass=_abc_1.ABCMeta):
         request: _prefill_worker_pb2.PrefillWorkerGenerateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_prefill_worker_pb2.PrefillWorkerGenerateResponse], _abc.AsyncIterator[_prefill_worker_pb2.PrefillWorkerGenerateResponse]]:
-        """Compute a task: progress, then the handoff. The caller releases the handoff's pin. LAYOUT_MISMATCH,
-        PREFILL_FAILED, OVERLOADED, DEADLINE, DRAINING.
+        """Compute a task: progress once it is accepted and once it is computed, then the handoff. The caller releases the
+        handoff's pin. LAYOUT_MISMATCH, PREFILL_FAILED, OVERLOADED, DEADLINE, DRAINING.
+        """
+
+    @_abc_1.abstractmethod
+    def Cancel(
+        self,
+        request: _prefill_worker_pb2.PrefillWorkerCancelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_prefill_worker_pb2.PrefillWorkerCancelResponse, _abc.Awaitable[_prefill_worker_pb2.PrefillWorkerCancelResponse]]:
+        """Give up a task: what runs of it stops, and what was handed over is freed. For callers that left before they had read
+        the handoff. Idempotent; a task that is not known is OK. INVALID_FIELD.
         """
 
 def add_PrefillWorkerServicer_to_server(servicer: PrefillWorkerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -26,7 +26,7 @@ from kvmesh.v1 import frontend_pb2 as kvmesh_dot_v1_dot_frontend__pb2
 from kvmesh.v1 import generation_pb2 as kvmesh_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19kvmesh/v1/processor.proto\x12\tkvmesh.v1\x1a\x18kvmesh/v1/frontend.proto\x1a\x1akvmesh/v1/generation.proto\"[\n\x18ProcessorGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12+\n\x07request\x18\x02 \x01(\x0b\x32\x1a.kvmesh.v1.GenerateRequest\"\xa7\x01\n\x19ProcessorGenerateResponse\x12%\n\x07started\x18\x01 \x01(\x0b\x32\x12.kvmesh.v1.StartedH\x00\x12!\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x10.kvmesh.v1.ChunkH\x00\x12\'\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x13.kvmesh.v1.FinishedH\x00\x12\x0e\n\x06pieces\x18\x04 \x03(\tB\x07\n\x05\x65vent\"\x12\n\x10GetTotalsRequest\"B\n\x11GetTotalsResponse\x12-\n\x08\x63ounters\x18\x01 \x01(\x0b\x32\x1b.kvmesh.v1.TopologyCounters2\xac\x01\n\tProcessor\x12W\n\x08Generate\x12#.kvmesh.v1.ProcessorGenerateRequest\x1a$.kvmesh.v1.ProcessorGenerateResponse0\x01\x12\x46\n\tGetTotals\x12\x1b.kvmesh.v1.GetTotalsRequest\x1a\x1c.kvmesh.v1.GetTotalsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19kvmesh/v1/processor.proto\x12\tkvmesh.v1\x1a\x18kvmesh/v1/frontend.proto\x1a\x1akvmesh/v1/generation.proto\"[\n\x18ProcessorGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12+\n\x07request\x18\x02 \x01(\x0b\x32\x1a.kvmesh.v1.GenerateRequest\"\xa7\x01\n\x19ProcessorGenerateResponse\x12%\n\x07started\x18\x01 \x01(\x0b\x32\x12.kvmesh.v1.StartedH\x00\x12!\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x10.kvmesh.v1.ChunkH\x00\x12\'\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x13.kvmesh.v1.FinishedH\x00\x12\x0e\n\x06pieces\x18\x04 \x03(\tB\x07\n\x05\x65vent\"\x12\n\x10GetTotalsRequest\"p\n\x11GetTotalsResponse\x12-\n\x08\x63ounters\x18\x01 \x01(\x0b\x32\x1b.kvmesh.v1.TopologyCounters\x12,\n\tlatencies\x18\x02 \x01(\x0b\x32\x19.kvmesh.v1.LatencySamples\"M\n\x0eLatencySamples\x12\x1e\n\x16times_to_first_token_s\x18\x01 \x03(\x02\x12\x1b\n\x13inter_token_times_s\x18\x02 \x03(\x02\x32\xac\x01\n\tProcessor\x12W\n\x08Generate\x12#.kvmesh.v1.ProcessorGenerateRequest\x1a$.kvmesh.v1.ProcessorGenerateResponse0\x01\x12\x46\n\tGetTotals\x12\x1b.kvmesh.v1.GetTotalsRequest\x1a\x1c.kvmesh.v1.GetTotalsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,7 +40,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETTOTALSREQUEST']._serialized_start=357
   _globals['_GETTOTALSREQUEST']._serialized_end=375
   _globals['_GETTOTALSRESPONSE']._serialized_start=377
-  _globals['_GETTOTALSRESPONSE']._serialized_end=443
-  _globals['_PROCESSOR']._serialized_start=446
-  _globals['_PROCESSOR']._serialized_end=618
+  _globals['_GETTOTALSRESPONSE']._serialized_end=489
+  _globals['_LATENCYSAMPLES']._serialized_start=491
+  _globals['_LATENCYSAMPLES']._serialized_end=568
+  _globals['_PROCESSOR']._serialized_start=571
+  _globals['_PROCESSOR']._serialized_end=743
 # @@protoc_insertion_point(module_scope)

@@ -118,19 +118,55 @@ class GetTotalsResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     COUNTERS_FIELD_NUMBER: _builtins.int
+    LATENCIES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def counters(self) -> _frontend_pb2.TopologyCounters:
         """Counts of this processor alone; `reservations` is 0: the router knows them."""
+
+    @_builtins.property
+    def latencies(self) -> Global___LatencySamples:
+        """What this processor's requests waited for tokens lately."""
 
     def __init__(
         self,
         *,
         counters: _frontend_pb2.TopologyCounters | None = ...,
+        latencies: Global___LatencySamples | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "latencies", b"latencies"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "latencies", b"latencies"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetTotalsResponse: _TypeAlias = GetTotalsResponse  # noqa: Y015
+
+@_typing.final
+class LatencySamples(_message.Message):
+    """Times in seconds, of the last 10 s, oldest first: the newest 512 of each kind at most."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIMES_TO_FIRST_TOKEN_S_FIELD_NUMBER: _builtins.int
+    INTER_TOKEN_TIMES_S_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def times_to_first_token_s(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """From a request's arrival to its first token, of requests whose first token came lately."""
+
+    @_builtins.property
+    def inter_token_times_s(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Between two tokens of a request, its mean, of requests of two tokens or more that finished lately."""
+
+    def __init__(
+        self,
+        *,
+        times_to_first_token_s: _abc.Iterable[_builtins.float] | None = ...,
+        inter_token_times_s: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["inter_token_times_s", b"inter_token_times_s", "times_to_first_token_s", b"times_to_first_token_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LatencySamples: _TypeAlias = LatencySamples  # noqa: Y015

@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from kvmesh.v1 import generation_pb2 as _generation_pb2
 import builtins as _builtins
@@ -1147,6 +1148,118 @@ class WatchMetricsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WatchMetricsResponse: _TypeAlias = WatchMetricsResponse  # noqa: Y015
+
+@_typing.final
+class WatchDecisionsRequest(_message.Message):
+    """See Router.WatchDecisions."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INTERVAL_FIELD_NUMBER: _builtins.int
+    MAX_DECISIONS_FIELD_NUMBER: _builtins.int
+    MAX_CANDIDATES_FIELD_NUMBER: _builtins.int
+    max_decisions: _builtins.int
+    """Decisions in a message at most, the newest; 1..64, default 16."""
+    max_candidates: _builtins.int
+    """Candidates of each decision at most, those of the least cost and the chosen one; 1..64, default 8."""
+    @_builtins.property
+    def interval(self) -> _duration_pb2.Duration:
+        """Least time between two messages; 100 ms or more, default 1 s. Nothing is sent while nothing is decided."""
+
+    def __init__(
+        self,
+        *,
+        interval: _duration_pb2.Duration | None = ...,
+        max_decisions: _builtins.int = ...,
+        max_candidates: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["interval", b"interval"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["interval", b"interval", "max_candidates", b"max_candidates", "max_decisions", b"max_decisions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchDecisionsRequest: _TypeAlias = WatchDecisionsRequest  # noqa: Y015
+
+@_typing.final
+class WatchDecisionsResponse(_message.Message):
+    """What was decided since the message before."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DECISIONS_FIELD_NUMBER: _builtins.int
+    SKIPPED_FIELD_NUMBER: _builtins.int
+    skipped: _builtins.int
+    """Decisions since the message before that are not shown: there were more than max_decisions."""
+    @_builtins.property
+    def decisions(self) -> _containers.RepeatedCompositeFieldContainer[Global___RoutedDecision]:
+        """Oldest first."""
+
+    def __init__(
+        self,
+        *,
+        decisions: _abc.Iterable[Global___RoutedDecision] | None = ...,
+        skipped: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decisions", b"decisions", "skipped", b"skipped"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchDecisionsResponse: _TypeAlias = WatchDecisionsResponse  # noqa: Y015
+
+@_typing.final
+class RoutedDecision(_message.Message):
+    """One decision that a router has taken."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    DECIDED_AT_FIELD_NUMBER: _builtins.int
+    BOOKING_FIELD_NUMBER: _builtins.int
+    EXPLANATION_FIELD_NUMBER: _builtins.int
+    CANDIDATE_COUNT_FIELD_NUMBER: _builtins.int
+    REJECTED_COUNT_FIELD_NUMBER: _builtins.int
+    OVERLAP_BLOCKS_FIELD_NUMBER: _builtins.int
+    sequence: _builtins.int
+    """Counts the decisions of this router, from 1."""
+    candidate_count: _builtins.int
+    """Candidates that there were."""
+    rejected_count: _builtins.int
+    """Workers that were no candidates."""
+    overlap_blocks: _builtins.int
+    """Leading blocks that the chosen worker was believed to hold."""
+    @_builtins.property
+    def decided_at(self) -> _timestamp_pb2.Timestamp:
+        """When it was taken, by the router's clock."""
+
+    @_builtins.property
+    def booking(self) -> Global___ReservationKey:
+        """What was booked; unset where nothing was: Select."""
+
+    @_builtins.property
+    def explanation(self) -> Global___Explanation:
+        """Why; its candidates and its rejected workers are max_candidates at most."""
+
+    def __init__(
+        self,
+        *,
+        sequence: _builtins.int = ...,
+        decided_at: _timestamp_pb2.Timestamp | None = ...,
+        booking: Global___ReservationKey | None = ...,
+        explanation: Global___Explanation | None = ...,
+        candidate_count: _builtins.int = ...,
+        rejected_count: _builtins.int = ...,
+        overlap_blocks: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["booking", b"booking", "decided_at", b"decided_at", "explanation", b"explanation"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["booking", b"booking", "candidate_count", b"candidate_count", "decided_at", b"decided_at", "explanation", b"explanation", "overlap_blocks", b"overlap_blocks", "rejected_count", b"rejected_count", "sequence", b"sequence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RoutedDecision: _TypeAlias = RoutedDecision  # noqa: Y015
 
 @_typing.final
 class DumpIndexRequest(_message.Message):

@@ -80,6 +80,11 @@ class RouterStub(object):
                 request_serializer=kvmesh_dot_v1_dot_router__pb2.WatchMetricsRequest.SerializeToString,
                 response_deserializer=kvmesh_dot_v1_dot_router__pb2.WatchMetricsResponse.FromString,
                 _registered_method=True)
+        self.WatchDecisions = channel.unary_stream(
+                '/kvmesh.v1.Router/WatchDecisions',
+                request_serializer=kvmesh_dot_v1_dot_router__pb2.WatchDecisionsRequest.SerializeToString,
+                response_deserializer=kvmesh_dot_v1_dot_router__pb2.WatchDecisionsResponse.FromString,
+                _registered_method=True)
         self.DumpIndex = channel.unary_stream(
                 '/kvmesh.v1.Router/DumpIndex',
                 request_serializer=kvmesh_dot_v1_dot_router__pb2.DumpIndexRequest.SerializeToString,
@@ -156,6 +161,14 @@ class RouterServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchDecisions(self, request, context):
+        """Stream what this router decided lately, at once, then what it decides from there on, in lists. It shows decisions to
+        people: whoever needs every one of them reads the decision log.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DumpIndex(self, request, context):
         """Stream the whole index as it is at one moment, parents before children, in messages below 1 MiB. For debugging: the
         router decides nothing while it is copied, about two seconds per million pairs.
@@ -211,6 +224,11 @@ def add_RouterServicer_to_server(servicer, server):
                     servicer.WatchMetrics,
                     request_deserializer=kvmesh_dot_v1_dot_router__pb2.WatchMetricsRequest.FromString,
                     response_serializer=kvmesh_dot_v1_dot_router__pb2.WatchMetricsResponse.SerializeToString,
+            ),
+            'WatchDecisions': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchDecisions,
+                    request_deserializer=kvmesh_dot_v1_dot_router__pb2.WatchDecisionsRequest.FromString,
+                    response_serializer=kvmesh_dot_v1_dot_router__pb2.WatchDecisionsResponse.SerializeToString,
             ),
             'DumpIndex': grpc.unary_stream_rpc_method_handler(
                     servicer.DumpIndex,
@@ -462,6 +480,33 @@ class Router(object):
             '/kvmesh.v1.Router/WatchMetrics',
             kvmesh_dot_v1_dot_router__pb2.WatchMetricsRequest.SerializeToString,
             kvmesh_dot_v1_dot_router__pb2.WatchMetricsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchDecisions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/kvmesh.v1.Router/WatchDecisions',
+            kvmesh_dot_v1_dot_router__pb2.WatchDecisionsRequest.SerializeToString,
+            kvmesh_dot_v1_dot_router__pb2.WatchDecisionsResponse.FromString,
             options,
             channel_credentials,
             insecure,

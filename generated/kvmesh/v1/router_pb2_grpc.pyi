@@ -54,6 +54,10 @@ class RouterStub:
     """How many leading blocks of a prompt each worker holds. Idempotent."""
     WatchMetrics: _grpc.UnaryStreamMultiCallable[_router_pb2.WatchMetricsRequest, _router_pb2.WatchMetricsResponse]
     """Stream the aggregate of all workers' loads: at once, then at every interval."""
+    WatchDecisions: _grpc.UnaryStreamMultiCallable[_router_pb2.WatchDecisionsRequest, _router_pb2.WatchDecisionsResponse]
+    """Stream what this router decided lately, at once, then what it decides from there on, in lists. It shows decisions to
+    people: whoever needs every one of them reads the decision log.
+    """
     DumpIndex: _grpc.UnaryStreamMultiCallable[_router_pb2.DumpIndexRequest, _router_pb2.DumpIndexResponse]
     """Stream the whole index as it is at one moment, parents before children, in messages below 1 MiB. For debugging: the
     router decides nothing while it is copied, about two seconds per million pairs.
@@ -85,6 +89,10 @@ class RouterAsyncStub(RouterStub):
     """How many leading blocks of a prompt each worker holds. Idempotent."""
     WatchMetrics: _aio.UnaryStreamMultiCallable[_router_pb2.WatchMetricsRequest, _router_pb2.WatchMetricsResponse]  # type: ignore[assignment]
     """Stream the aggregate of all workers' loads: at once, then at every interval."""
+    WatchDecisions: _aio.UnaryStreamMultiCallable[_router_pb2.WatchDecisionsRequest, _router_pb2.WatchDecisionsResponse]  # type: ignore[assignment]
+    """Stream what this router decided lately, at once, then what it decides from there on, in lists. It shows decisions to
+    people: whoever needs every one of them reads the decision log.
+    """
     DumpIndex: _aio.UnaryStreamMultiCallable[_router_pb2.DumpIndexRequest, _router_pb2.DumpIndexResponse]  # type: ignore[assignment]
     """Stream the whole index as it is at one moment, parents before children, in messages below 1 MiB. For debugging: the
     router decides nothing while it is copied, about two seconds per million pairs.
@@ -167,6 +175,16 @@ class RouterServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_router_pb2.WatchMetricsResponse], _abc.AsyncIterator[_router_pb2.WatchMetricsResponse]]:
         """Stream the aggregate of all workers' loads: at once, then at every interval."""
+
+    @_abc_1.abstractmethod
+    def WatchDecisions(
+        self,
+        request: _router_pb2.WatchDecisionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_router_pb2.WatchDecisionsResponse], _abc.AsyncIterator[_router_pb2.WatchDecisionsResponse]]:
+        """Stream what this router decided lately, at once, then what it decides from there on, in lists. It shows decisions to
+        people: whoever needs every one of them reads the decision log.
+        """
 
     @_abc_1.abstractmethod
     def DumpIndex(

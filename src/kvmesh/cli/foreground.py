@@ -135,6 +135,7 @@ async def show_by_log(mesh: ForegroundMesh) -> None:
     _log.info(
         "mesh.ready",
         http=f"http://{mesh.http_address}",
+        dashboard=f"http://{mesh.http_address}/",
         grpc=mesh.grpc_address,
         workers=len(mesh.topology().workers),
         ready_s=round(time.monotonic() - STARTED_S, 3),

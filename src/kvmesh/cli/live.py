@@ -10,7 +10,7 @@ from kvmesh.cli.foreground import ForegroundMesh
 from kvmesh.cli.view import Doors, TokenRate, mesh_view
 
 _REFRESH_S = 0.5
-_LINES_BESIDE_WORKERS = 14
+_LINES_BESIDE_WORKERS = 15
 """Of the screen: addresses, header, the lines below the table, and room for those that wrap."""
 
 

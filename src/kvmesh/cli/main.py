@@ -15,8 +15,10 @@ from kvmesh.cli.generate import generate
 from kvmesh.cli.model import make_tiny
 from kvmesh.cli.options import examples
 from kvmesh.cli.probe import BAD_FLAGS, probe
+from kvmesh.cli.proto import print_proto
 from kvmesh.cli.replay import replay
 from kvmesh.cli.serve import serve_role
+from kvmesh.cli.serve_flags import spelled_out
 from kvmesh.cli.simulate import simulate
 from kvmesh.cli.status import status
 from kvmesh.cli.streams import give_up_stdout, open_closed_streams
@@ -46,8 +48,10 @@ app.command(
         "kvmesh serve queue --discovery etcd://127.0.0.1:2379",
         "kvmesh serve decode --discovery etcd://127.0.0.1:2379 --engine simulated --node rack1",
         "kvmesh serve frontend --discovery etcd://127.0.0.1:2379 --engine simulated --http-port 8000",
+        "kvmesh serve hello:Upper --Upper.workers=2 -f hello.yaml",
     ),
 )(serve_role)
+app.command("proto", epilog=examples("kvmesh proto hello:Upper", "kvmesh proto hello:Upper > hello.proto"))(print_proto)
 app.command(
     epilog=examples('kvmesh generate "Tell me a joke"', 'kvmesh generate "Tell me a joke" --max-tokens 32 --explain')
 )(generate)
@@ -105,7 +109,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Read once, when gRPC is imported: its core tells of every connection's end on stderr, between our log lines.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     try:
-        code = app(arguments, prog_name="kvmesh", standalone_mode=False)
+        code = app(
+            spelled_out(sys.argv[1:] if arguments is None else arguments), prog_name="kvmesh", standalone_mode=False
+        )
     except typer.TyperException as error:
         for line in _failure_text(error).splitlines():
             typer.secho(f"error: {line}", fg="red", err=True)

@@ -11,6 +11,10 @@ Router = Annotated[
 Processor = Annotated[
     str | None, typer.Option(help="inside the frontend, or separate. [default: inside]", metavar="WHERE")
 ]
+NodeLabels = Annotated[
+    list[str] | None,
+    typer.Option("--node-label", help="A label of the workers of a node; may be repeated.", metavar="NODE:KEY=VALUE"),
+]
 Policy = Annotated[
     str | None,
     typer.Option(help="Routing policy: a name, or MODULE:CLASS of your own. [default: least_work]", metavar="NAME"),
@@ -22,7 +26,8 @@ PolicyOptions = Annotated[
 EngineName = Annotated[
     str | None,
     typer.Option(
-        help="Engine: echo, simulated, numpy_llama, openai_upstream, tensorrt_llm. [default: echo]", metavar="NAME"
+        help="Engine: echo, simulated, numpy_llama, huggingface, openai_upstream, tensorrt_llm. [default: numpy_llama]",
+        metavar="NAME",
     ),
 ]
 EngineOptions = Annotated[
@@ -32,7 +37,10 @@ Dtype = Annotated[str | None, typer.Option(help="A real model's number type, e.g
 Speedup = Annotated[
     float | None, typer.Option(help="Divides a simulated engine's time; 0 = as fast as it can.", metavar="X")
 ]
-Model = Annotated[Path | None, typer.Option(help="Folder of the model or tokenizer.", metavar="DIR")]
+Model = Annotated[
+    Path | None,
+    typer.Option(help="Folder of the model or tokenizer. [default: a small model, for numpy_llama]", metavar="DIR"),
+]
 ModelName = Annotated[
     str | None, typer.Option(help="Name to serve the model under. [default: the engine's]", metavar="NAME")
 ]

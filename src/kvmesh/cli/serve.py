@@ -1,10 +1,12 @@
-"""`kvmesh serve ROLE`: one role of a mesh in this process, for many machines."""
+"""`kvmesh serve ROLE`: one role of a mesh in this process, for many machines; and `kvmesh serve module:Class`."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kvmesh.cli import mesh_flags
+from kvmesh.cli.options import CommandFailed
 from kvmesh.cli.running import engine_options, policy_options, run_with_settings
 
 if TYPE_CHECKING:
@@ -14,7 +16,13 @@ _FRONTEND = "frontend"
 
 
 def serve_role(
-    role: Annotated[str, typer.Argument(help="frontend, processor, router, decode, prefill or queue.", metavar="ROLE")],
+    role: Annotated[
+        str,
+        typer.Argument(
+            help="frontend, processor, router, decode, prefill or queue; or a class of your own.",
+            metavar="ROLE|MODULE:CLASS",
+        ),
+    ],
     discovery: Annotated[
         str | None, typer.Option(help="The etcd cluster: etcd://HOST:PORT[,HOST:PORT].", metavar="STORE")
     ] = None,
@@ -44,6 +52,7 @@ def serve_role(
     ] = None,
     router: mesh_flags.Router = None,
     processor: mesh_flags.Processor = None,
+    node_label: mesh_flags.NodeLabels = None,
     policy: mesh_flags.Policy = None,
     policy_option: mesh_flags.PolicyOptions = None,
     engine: mesh_flags.EngineName = None,
@@ -59,15 +68,36 @@ def serve_role(
     ] = None,
     log_format: mesh_flags.LogFormat = None,
     config: mesh_flags.Config = None,
+    file: Annotated[
+        Path | None, typer.Option("-f", "--file", help="What your classes are told (.yaml), by class.", metavar="FILE")
+    ] = None,
+    told: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="The same, one value; also --CLASS.KEY=VALUE. May be repeated.", metavar="CLASS.KEY=VALUE"
+        ),
+    ] = None,
+    processes: Annotated[
+        bool, typer.Option("--processes", help="Every worker of your classes in a process of its own.")
+    ] = False,
+    grpc_port: Annotated[
+        int | None,
+        typer.Option(help="gRPC port of the door beside your classes; 0 = any. [default: 50051]", metavar="PORT"),
+    ] = None,
+    only: Annotated[str | None, typer.Option("--only", help="One class of the graph.", hidden=True)] = None,
     exit_with_parent: Annotated[
         bool, typer.Option("--exit-with-parent", help="Stop when stdin ends.", hidden=True)
     ] = False,
 ) -> None:
     """Serve one role in this process; the others are found through etcd.
 
-    Roles of one mesh share --discovery, --namespace, and the settings of engine and model.
+    Roles of one mesh share --discovery, --namespace, and the settings of engine and model. MODULE:CLASS is a class of
+    the SDK, served with all that it depends on: in the mesh of --discovery, or with a door of its own.
     """
-    _check(role)
+    is_component = ":" in role
+    if not is_component:
+        _check(role)
+        _refuse_component_flags(file=file, told=told, processes=processes, grpc_port=grpc_port)
     door = "grpc" if role == _FRONTEND else "process"
     flags: dict[str, Any] = {
         "discovery.store": discovery,
@@ -81,6 +111,7 @@ def serve_role(
         "http.port": http_port,
         "mesh.router": router,
         "mesh.processor": processor,
+        "mesh.node_labels": node_label or None,
         "router.policy": policy,
         "engine.name": engine,
         "engine.options.dtype": dtype,
@@ -93,9 +124,24 @@ def serve_role(
         "log.format": log_format,
     }
     flags |= engine_options(engine_option or []) | policy_options(policy_option or [])
+    if grpc_port is not None:
+        flags["grpc.port"] = grpc_port
 
     def run(loaded: "LoadedSettings[Settings]") -> None:
-        _serve(role, loaded.settings, exit_with_parent=exit_with_parent)
+        if is_component:
+            from kvmesh.cli.serve_components import serve_components
+
+            serve_components(
+                role,
+                loaded.settings,
+                file=file,
+                told=told or [],
+                only=only,
+                processes=processes,
+                exit_with_parent=exit_with_parent,
+            )
+        else:
+            _serve(role, loaded.settings, exit_with_parent=exit_with_parent)
 
     run_with_settings(run, config, flags)
 
@@ -105,9 +151,16 @@ def _check(role: str) -> None:
     from kvmesh.core.roster import WorkerRole
     from kvmesh.core.suggestions import suggestion
 
-    roles = (_FRONTEND, *(known.value for known in WorkerRole))
+    roles = (_FRONTEND, *(known.value for known in WorkerRole if known is not WorkerRole.COMPONENT))
     if role not in roles:
         raise typer.BadParameter(f"no role is called {role!r}; {suggestion(role, roles)}")
+
+
+def _refuse_component_flags(**given: Any) -> None:
+    for name, value in given.items():
+        if value:
+            flag = {"told": "--set", "grpc_port": "--grpc-port"}.get(name, f"--{name}")
+            raise CommandFailed(f"{flag} is for MODULE:CLASS: a role takes the settings alone", exit_code=2)
 
 
 def _serve(role: str, settings: "Settings", *, exit_with_parent: bool) -> None:

@@ -49,6 +49,7 @@ def mesh_view(
     """Return the view of a running mesh, `width` columns wide; workers beyond `max_workers` are only counted."""
     return Group(
         Text.assemble(("kvmesh    ", "bold"), f"http://{doors.http_address}", ("  gRPC ", "dim"), doors.grpc_address),
+        Text.assemble(("dashboard ", "dim"), f"http://{doors.http_address}/"),
         Text.assemble(("try       ", "dim"), curl_line(doors.http_address)),
         Text(),
         topology_view(topology, tokens_per_s=tokens_per_s, max_workers=max_workers, width=width),
@@ -124,6 +125,8 @@ def requests_line(counters: frontend_pb2.TopologyCounters, *, tokens_per_s: floa
     if tokens_per_s is not None:
         parts.append(f"{tokens_per_s:.0f} tokens/s")
     parts.append(f"prefills: {counters.remote_prefills} remote, {counters.local_prefills} local")
+    if counters.kv_bytes_moved:
+        parts.append(f"{_size(counters.kv_bytes_moved)} of KV moved")
     return Text(f"served    {', '.join(parts)}")
 
 
@@ -140,6 +143,15 @@ def curl_line(http_address: str) -> str:
     """Return a command that sends the hello world."""
     body = '{"prompt": "Tell me a joke"}'
     return f"curl -s http://{http_address}/generate -H 'content-type: application/json' -d '{body}'"
+
+
+def _size(count_bytes: int) -> str:
+    """Return a number of bytes in the largest unit of which there is at least one."""
+    size, units = float(count_bytes), iter(("bytes", "KiB", "MiB", "GiB", "TiB"))
+    unit = next(units)
+    while size >= 1024 and unit != "TiB":
+        size, unit = size / 1024, next(units)
+    return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
 
 
 def _share(part: int, whole: int) -> str:

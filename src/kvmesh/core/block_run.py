@@ -57,6 +57,11 @@ class Run:
             yield child
             child = child.next_sibling
 
+    def copy(self) -> "Run":
+        """Return this run as it is now, without children, below a run of the one block above it."""
+        above = self.parent and Run(self.parent.hashes[-1:], self.parent.keys[-1:], self.parent.mask, None)
+        return Run(self.hashes[:], self.keys[:], self.mask, above, depth=self.depth)
+
     def local_hashes(self, start: int = 0) -> list[LocalHash] | list[None]:
         """Return the local hash of every block from position `start` on, which the keys tell, or None where they don't.
 

@@ -7,13 +7,14 @@ true then. `Candidate` objects are made of them when somebody looks.
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvmesh.core.candidates import Candidate, Scored, Terms, by_worker
+from kvmesh.core.candidates import Candidate, Scored, Selection, Terms, by_worker
 from kvmesh.core.ids import WorkerRank
 from kvmesh.core.lineup import Flags, Lineup, Positions
 
@@ -228,3 +229,30 @@ def index_of_least(costs: Column, rng: random.Random) -> int:
     if np.count_nonzero(ties) == 1:
         return least
     return int(rng.choice(ties.nonzero()[0]))
+
+
+def shortened(selection: Selection, *, limit: int) -> Selection:
+    """Return a selection with its `limit` cheapest candidates alone, the chosen one always, and as many excluded.
+
+    What is left out is never made an object of, so of a thousand workers this costs one sort of their costs.
+    """
+    candidates = CandidateColumns.of(selection.candidates)
+    scores = selection.scores
+    score_of: Callable[[int], Scored | None]
+    if isinstance(scores, ScoreColumns) and scores.candidates is candidates:
+        costs, score_of = scores.costs, scores.__getitem__
+    else:
+        by_rank = {scored.worker: scored for scored in scores}
+        listed = [by_rank.get(candidates.worker(at)) for at in range(len(candidates))]
+        costs = np.array([np.inf if scored is None else scored.cost for scored in listed], np.float64)
+        score_of = listed.__getitem__
+    kept = [int(at) for at in costs.argsort(kind="stable")[:limit]]
+    chosen = candidates.index_of(selection.worker)
+    if chosen is not None and chosen not in kept:
+        kept[-1] = chosen
+    return replace(
+        selection,
+        candidates=tuple(candidates[at] for at in kept),
+        scores=tuple(scored for at in kept if (scored := score_of(at)) is not None),
+        excluded=tuple(islice(selection.excluded, limit)),
+    )

@@ -91,20 +91,20 @@ class PrefixIndex:
         return frozenset(SequenceHash(block) for run in runs for block in run.hashes) | member.aside.keys()
 
     def dump(self) -> Iterator[HeldBlock]:
-        """Yield all attached pairs, parents first, in an order that depends on the content alone.
+        """Return all attached pairs, parents first, in an order that depends on the content alone.
 
-        The index must not change until this is consumed. Orphans are left out: no store could replay them.
+        They are those of now, whatever happens to the index before they are consumed: its runs are copied here,
+        O(blocks) of plain memory, and made into pairs as they are asked for. Orphans are left out: no store could
+        replay them.
         """
+        copies: list[tuple[Run, list[WorkerRank]]] = []
         stack = [self._tree.root]
         while stack:
             run = stack.pop()
-            holders = sorted(self._bits.ranks_of(run.mask & self._bits.alive)) if run.hashes else []
-            parent = run.above
-            for block, local_hash in zip(run.hashes, run.local_hashes() if holders else (), strict=False):
-                for worker in holders:
-                    yield HeldBlock(worker, parent, SequenceHash(block), local_hash)
-                parent = SequenceHash(block)
+            if run.hashes and (holders := sorted(self._bits.ranks_of(run.mask & self._bits.alive))):
+                copies.append((run.copy(), holders))
             stack += sorted(run.children(), key=_first_block, reverse=True)
+        return _pairs(copies)
 
     def restore(self, dump: Iterable[HeldBlock]) -> int:
         """Store every pair of a dump, and count those that could be: all of them into an index without bounds."""
@@ -379,3 +379,12 @@ class PrefixIndex:
 
 def _first_block(run: Run) -> int:
     return run.hashes[0]
+
+
+def _pairs(runs: Iterable[tuple[Run, list[WorkerRank]]]) -> Iterator[HeldBlock]:
+    for run, holders in runs:
+        parent = run.above
+        for block, local_hash in zip(run.hashes, run.local_hashes(), strict=True):
+            for worker in holders:
+                yield HeldBlock(worker, parent, SequenceHash(block), local_hash)
+            parent = SequenceHash(block)

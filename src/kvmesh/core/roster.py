@@ -25,6 +25,8 @@ class WorkerRole(Enum):
     """A router of its own process; never a candidate."""
     PROCESSOR = "processor"
     """A processor of its own process; never a candidate."""
+    COMPONENT = "component"
+    """A component written with the SDK; never a candidate."""
 
     @property
     def is_worker(self) -> bool:
@@ -90,6 +92,7 @@ class Roster:
         """Start empty."""
         self._records: dict[WorkerId, WorkerRecord] = {}
         self._served: dict[tuple[WorkerRole, str], tuple[WorkerRecord, ...]] = {}
+        self._block_sizes: dict[tuple[WorkerRole, str], frozenset[int]] = {}
 
     def __len__(self) -> int:
         return len(self._records)
@@ -100,7 +103,7 @@ class Roster:
         if before is not None and before.epoch > record.epoch:
             return RosterOutcome.STALE_EPOCH
         self._records[record.worker_id] = record
-        self._served.clear()
+        self._forget_served()
         if before is None:
             return RosterOutcome.ADDED
         return RosterOutcome.UPDATED if before.epoch == record.epoch else RosterOutcome.RESTARTED
@@ -111,7 +114,7 @@ class Roster:
         if record is None or record.epoch != epoch:
             return RosterOutcome.STALE_EPOCH
         del self._records[worker_id]
-        self._served.clear()
+        self._forget_served()
         return RosterOutcome.REMOVED
 
     def get(self, worker_id: WorkerId) -> WorkerRecord | None:
@@ -132,6 +135,16 @@ class Roster:
                 self._served[role, model] = served
         return served
 
+    def block_sizes(self, role: WorkerRole, model: str) -> frozenset[int]:
+        """Return the block sizes of those workers. O(1) while none changes."""
+        sizes = self._block_sizes.get((role, model))
+        if sizes is None:
+            served = self.of(role, model)
+            sizes = frozenset(record.block_size for record in served)
+            if served:
+                self._block_sizes[role, model] = sizes
+        return sizes
+
     def records(self, role: WorkerRole | None = None) -> tuple[WorkerRecord, ...]:
         """Return every worker, or those of one role, by worker_id."""
         return tuple(record for _, record in sorted(self._records.items()) if role is None or record.role is role)
@@ -139,3 +152,7 @@ class Roster:
     def models(self) -> frozenset[str]:
         """Return every model that any worker serves."""
         return frozenset(model for record in self._records.values() for model in record.models)
+
+    def _forget_served(self) -> None:
+        self._served.clear()
+        self._block_sizes.clear()

@@ -13,7 +13,7 @@ Laws:
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from kvmesh.core.candidate_columns import CandidateColumns
 from kvmesh.core.candidates import RoutingQuery
@@ -160,15 +160,15 @@ class WorkerStates:
 
     def block_sizes(self, model: str, *, role: WorkerRole = WorkerRole.DECODE) -> frozenset[int]:
         """Return the block sizes for which a query for this model and role needs hashes."""
-        return frozenset(record.block_size for record in self._roster.of(role, model))
+        return self._roster.block_sizes(role, model)
 
-    def dump_index(self, worker_id: WorkerId | None = None) -> tuple[HeldBlock, ...]:
-        """Return every (rank, block) pair that events told of, parents first, or those of one worker. O(pairs)."""
-        if self._event_index is None:
-            return ()
-        return tuple(
-            held for held in self._event_index.dump() if worker_id is None or held.worker.worker_id == worker_id
-        )
+    def dump_index(self, worker_id: WorkerId | None = None) -> Iterator[HeldBlock]:
+        """Return every (rank, block) pair that events have told of by now, parents first, or those of one worker.
+
+        What is consumed later is still of now; see `PrefixIndex.dump`.
+        """
+        held = self._event_index.dump() if self._event_index is not None else iter(())
+        return held if worker_id is None else (one for one in held if one.worker.worker_id == worker_id)
 
     @property
     def index_stats(self) -> IndexStats:

@@ -45,6 +45,7 @@ __all__ = [
     "PromptForm",
     "Sampling",
     "StepResult",
+    "TokenLogprobs",
 ]
 
 
@@ -101,6 +102,10 @@ class EngineInfo:
     eos_token_ids: tuple[int, ...] = ()
     is_brief: bool = False
     """No call takes longer than a hop to a thread and back would (about 0.1 ms): it is called on the event loop."""
+    has_logprobs: bool = False
+    """It serves `Sampling.logprobs`."""
+    keeps_formats: bool = False
+    """It serves `Sampling.response_format`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +119,22 @@ class Sampling:
     """0 = off."""
     seed: int | None = None
     ignore_eos: bool = False
+    logprobs: int | None = None
+    """How many of the likeliest tokens are told with each output token's own log probability; None = nothing is.
+    Never set for an engine without `EngineInfo.has_logprobs`."""
+    response_format: str = ""
+    """JSON, the OpenAI API's `response_format`; "" = any. Never set for an engine without `keeps_formats`."""
+
+
+class TokenLogprobs(NamedTuple):
+    """How likely one output token was by the model's own distribution, before temperature, top_k and top_p."""
+
+    logprob: float
+    """Natural logarithm of the token's probability."""
+    top_token_ids: tuple[int, ...] = ()
+    """The likeliest tokens in its place, likeliest first; as many as `Sampling.logprobs` asked for."""
+    top_logprobs: tuple[float, ...] = ()
+    """Theirs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +198,8 @@ class Output(NamedTuple):
     """With `finish`, of an engine whose words are no tokens: how many it produced; 0 = it does not say."""
     handoff: EngineHandoff | None = None
     """With PREFILLED, of an engine that moves its own KV: what a decode engine goes on from."""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """With `Sampling.logprobs`: one for each of `token_ids`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,49 +11,19 @@ from math import prod
 import numpy as np
 
 from kvmesh.core.ids import SequenceHash
-from kvmesh.engines.engine import EngineRequest, FinishReason, KvLayout
+from kvmesh.engines.engine import EngineRequest, KvLayout
 from kvmesh.engines.numpy_llama_forward import LlamaForward, Span
 from kvmesh.engines.numpy_llama_options import NumpyLlamaOptions
-from kvmesh.engines.numpy_llama_sampling import pick_tokens
 from kvmesh.engines.numpy_llama_weights import Floats, LlamaWeights
 from kvmesh.engines.paged_engine import PagedEngine
 from kvmesh.engines.paged_model import Allocate, allocate_here
-from kvmesh.engines.paged_request import PagedRequest
+from kvmesh.engines.sampled_request import SampledRequest, TokenSampler
 
 _BLANK_BYTE = 0xFF
 """Bytes that no float of a KV cache consists of: as float32 and as float64 they are a NaN."""
 
 
-class LlamaRequest(PagedRequest):
-    """A paged request whose next token is drawn as soon as its last one is computed, together with those of others."""
-
-    __slots__ = ("_eos_token_ids", "seed")
-
-    def __init__(
-        self,
-        request: EngineRequest,
-        *,
-        eos_token_ids: frozenset[int],
-        seed: int,
-        block_size: int,
-        limit: int,
-        arrival: int,
-    ) -> None:
-        """Draw with `seed`, and end at one of `eos_token_ids`; the rest as in `PagedRequest`."""
-        super().__init__(request, block_size=block_size, limit=limit, arrival=arrival)
-        self.seed = seed
-        """With the position it decides a draw: nothing of the batch does."""
-        self._eos_token_ids = frozenset() if request.sampling.ignore_eos else eos_token_ids
-
-    def take(self, token: int) -> None:
-        """Append the next token; the limit moves here if it ends the sequence."""
-        self.drawn.append(token)
-        if token in self._eos_token_ids:
-            self.limit = len(self.drawn)
-            self.ends_with = FinishReason.STOP
-
-
-class NumpyLlamaEngine(PagedEngine[LlamaRequest]):
+class NumpyLlamaEngine(PagedEngine[SampledRequest]):
     """A Llama model behind the engine port; engines of one process share `weights`."""
 
     def __init__(
@@ -62,7 +32,7 @@ class NumpyLlamaEngine(PagedEngine[LlamaRequest]):
         """Start with an empty cache in a pool of `allocate`; `options.dtype` is that of the weights."""
         options = options or NumpyLlamaOptions(dtype=weights.dtype.name)
         assert options.dtype == weights.dtype.name, f"the weights are {weights.dtype.name}"
-        super().__init__("numpy_llama", options, model=_LlamaModel(weights, options, allocate))
+        super().__init__("numpy_llama", options, model=_LlamaModel(weights, options, allocate), has_logprobs=True)
 
 
 class _LlamaModel:
@@ -87,44 +57,25 @@ class _LlamaModel:
             bytes_per_block=self.memory.shape[1],
         )
         self._forward = LlamaForward(weights)
-        self._ends = frozenset(options.eos_token_ids)
-        self._seeds = np.random.default_rng()
+        self._sampler = TokenSampler(eos_token_ids=options.eos_token_ids, block_size=options.block_size)
 
-    def open(self, request: EngineRequest, *, limit: int, arrival: int) -> LlamaRequest:
-        seed = request.sampling.seed
-        return LlamaRequest(
-            request,
-            eos_token_ids=self._ends,
-            seed=int(self._seeds.integers(2**63)) if seed is None else seed,
-            block_size=self.layout.block_size,
-            limit=limit,
-            arrival=arrival,
-        )
+    def open(self, request: EngineRequest, *, limit: int, arrival: int) -> SampledRequest:
+        return self._sampler.open(request, limit=limit, arrival=arrival)
 
-    def compute_prompt(self, request: LlamaRequest, *, stop: int) -> None:
+    def compute_prompt(self, request: SampledRequest, *, stop: int) -> None:
         hidden = self._forward.compute(
             [Span(request.tokens(request.computed, stop), request.computed, request.blocks)], self._kv
         )
         if stop == request.target and not request.request.prefill_only:
-            self._draw([request], hidden)
+            self._sampler.draw([request], self._forward.logits(hidden))
 
-    def compute_decode(self, requests: Sequence[LlamaRequest]) -> None:
+    def compute_decode(self, requests: Sequence[SampledRequest]) -> None:
         drawn = np.array([request.drawn[-1:] for request in requests], dtype=np.uint32)
         spans = [
             Span(token, request.prompt_tokens + request.produced - 1, request.blocks)
             for token, request in zip(drawn, requests, strict=True)
         ]
-        self._draw(requests, self._forward.compute(spans, self._kv))
-
-    def _draw(self, requests: Sequence[LlamaRequest], hidden: Floats) -> None:
-        tokens = pick_tokens(
-            self._forward.logits(hidden),
-            [request.request.sampling for request in requests],
-            seeds=[request.seed for request in requests],
-            positions=[request.produced for request in requests],
-        )
-        for request, token in zip(requests, tokens, strict=True):
-            request.take(token)
+        self._sampler.draw(requests, self._forward.logits(self._forward.compute(spans, self._kv)))
 
     def seal(self, block: int, block_hash: SequenceHash) -> None:
         """Nothing to note: the KV is there."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from kvmesh.engines.engine import Sampling
+from kvmesh.engines.engine import Sampling, TokenLogprobs
 from kvmesh.engines.numpy_llama_weights import Floats
 
 _U64_MASK = 2**64 - 1
@@ -59,6 +59,19 @@ def token_probabilities(logits: Floats, sampling: Sampling) -> tuple[npt.NDArray
         order, probabilities = order[:kept], probabilities[:kept]
         probabilities /= probabilities.sum()
     return order, probabilities
+
+
+def token_logprobs(logits: Floats, token: int, *, count: int) -> TokenLogprobs:
+    """Return how likely `token` was among all (vocab_size,), and the `count` likeliest, of equals the smaller id first.
+
+    Of the logits as they are: how a request cuts and heats the distribution it draws from changes nothing.
+    """
+    exact = logits.astype(np.float64)
+    exact -= exact.max()
+    exact -= np.log(np.exp(exact).sum())
+    # In the logits' own precision, as greedy sampling picks: the token it picks is the first here.
+    top = _likeliest(logits, min(count, len(logits))) if count else np.empty(0, dtype=np.intp)
+    return TokenLogprobs(float(exact[token]), tuple(top.tolist()), tuple(exact[top].tolist()))
 
 
 def _is_greedy(sampling: Sampling) -> bool:

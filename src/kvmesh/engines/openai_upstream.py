@@ -85,6 +85,7 @@ class OpenAiUpstreamEngine(StreamedEngine):
             max_context_tokens=options.max_context_tokens or (context_tokens if is_tokens else 0),
             vocab_size=vocab_size if is_tokens else 0,
             layout=None,
+            keeps_formats=True,
         )
         streams = _UpstreamStreams(options, url=url, model=model, api_key=api_key, open_events=open_events)
         super().__init__(info, streams, has_events=open_events is not None, where=url)
@@ -250,6 +251,8 @@ class _UpstreamStreams:
             body["prompt"] = prompt
         if sampling.seed is not None:
             body["seed"] = sampling.seed
+        if sampling.response_format:
+            body["response_format"] = orjson.loads(sampling.response_format)
         # No part of the OpenAI API, though most servers have them: sent only where they were asked for.
         if sampling.top_k:
             body["top_k"] = sampling.top_k

@@ -158,7 +158,7 @@ class PagedBatch(Generic[R]):
             self._seal(request, request.prompt_tokens + request.produced)
             token = request.next_token()
             finish = request.finish
-            outputs.append(Output(request.key, (token,), finish=finish))
+            outputs.append(Output(request.key, (token,), finish=finish, logprobs=request.logprobs))
             if finish is None:
                 request.plan_quiet_steps()
             else:
@@ -233,7 +233,10 @@ class PagedBatch(Generic[R]):
         is_resumed = request.produced > 0
         token = request.next_token()
         finish = request.finish
-        outputs.append(Output(request.key, (token,), finish=finish) if is_resumed else request.first_output(token))
+        if is_resumed:
+            outputs.append(Output(request.key, (token,), finish=finish, logprobs=request.logprobs))
+        else:
+            outputs.append(request.first_output(token))
         if finish is None:
             request.plan_quiet_steps()
             self._decoding.append(request)

@@ -19,8 +19,16 @@ from kvmesh.engines.paged_model import PagedModel, PagedOptions, R
 class PagedEngine(Generic[R]):
     """Everything of an engine but its model; see the port for what each method owes."""
 
-    def __init__(self, name: str, options: PagedOptions, *, model: PagedModel[R], is_brief: bool = False) -> None:
-        """Start with an empty cache over the memory of `model`; `is_brief` as in `EngineInfo`."""
+    def __init__(
+        self,
+        name: str,
+        options: PagedOptions,
+        *,
+        model: PagedModel[R],
+        is_brief: bool = False,
+        has_logprobs: bool = False,
+    ) -> None:
+        """Start with an empty cache over the memory of `model`; `is_brief` and `has_logprobs` as in `EngineInfo`."""
         self._model = model
         self._pool = BlockPool(options.total_blocks)
         self._claims = BlockClaims(self._pool, reserved_blocks=max(options.total_blocks // SPARE_SHARE, 1))
@@ -36,6 +44,7 @@ class PagedEngine(Generic[R]):
             layout=model.layout,
             eos_token_ids=model.eos_token_ids,
             is_brief=is_brief,
+            has_logprobs=has_logprobs,
         )
 
     @property

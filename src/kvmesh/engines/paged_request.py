@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from kvmesh.core.hashing import local_block_hashes, max_overlap_blocks, sequence_hashes
 from kvmesh.core.ids import SequenceHash
-from kvmesh.engines.engine import EngineRequest, FinishReason, Output
+from kvmesh.engines.engine import EngineRequest, FinishReason, Output, TokenLogprobs
 
 
 class PagedRequest:
@@ -31,6 +31,7 @@ class PagedRequest:
         "key",
         "limit",
         "local_hashes",
+        "logprobs",
         "produced",
         "prompt_tokens",
         "quiet",
@@ -59,6 +60,8 @@ class PagedRequest:
         self.produced = 0
         self.drawn: list[int] = []
         """Output tokens by position; a model may draw ahead of `produced`."""
+        self.logprobs: tuple[TokenLogprobs, ...] = ()
+        """Of the token drawn last, where they are asked for; a model that has them draws one token at a time."""
         self.limit = limit
         self.ends_with = FinishReason.LENGTH
         """How it ends at `limit`; a model that finds the sequence's own end sets both."""
@@ -137,6 +140,7 @@ class PagedRequest:
             cached_tokens=self.cached_tokens or 0,
             prompt_tokens=self.prompt_tokens,
             finish=None if token is None else self.finish,
+            logprobs=() if token is None else self.logprobs,
         )
 
     def _hash_tokens(self, index: int) -> int:

@@ -6,16 +6,30 @@ from google.protobuf.descriptor import ServiceDescriptor
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route, Router
+from starlette.types import ASGIApp
 
 from kvmesh import telemetry
 from kvmesh.core.waits import Waits
+from kvmesh.gateway.api_document import api_document_routes
+from kvmesh.gateway.dashboard import dashboard_routes
 from kvmesh.gateway.openai_api import openai_routes
 from kvmesh.gateway.request_frame import RequestFrame
-from kvmesh.gateway.transcoder import Servicer, rpc_routes
+from kvmesh.gateway.rest_routes import RestRoutes, Servicer
+from kvmesh.gateway.transcoder import CallBounds
 from kvmesh.wire.generation import Generator
 
 DEFAULT_MAX_BODY_BYTES = 8 * 1024 * 1024
 _DEFAULT_WAITS = Waits()
+
+
+class HttpApp(RequestFrame):
+    """The app as the server calls it, and what it serves by REST."""
+
+    def __init__(self, app: ASGIApp, *, rest: RestRoutes) -> None:
+        """Surround `app`, of which `rest` is a part."""
+        super().__init__(app)
+        self.rest = rest
+        """Add to it what comes while the process runs."""
 
 
 def create_app(
@@ -27,13 +41,20 @@ def create_app(
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
     request_timeout_s: float = _DEFAULT_WAITS.request_s,
     client_write_s: float = _DEFAULT_WAITS.client_write_s,
-) -> RequestFrame:
+) -> HttpApp:
     """Return the app that serves the annotated methods of `services` and the OpenAI API on `generator`.
 
     `unready_reason` says why the process should get no requests now, None when it should; `request_timeout_s` bounds
     unary calls whose client sets no deadline, `client_write_s` each write of a stream whose client does not read.
     Raises: ValueError for an annotation that cannot be served.
     """
+
+    bounds = CallBounds(
+        max_body_bytes=max_body_bytes, request_timeout_s=request_timeout_s, client_write_s=client_write_s
+    )
+    rest = RestRoutes(bounds=bounds)
+    for descriptor, servicer in services:
+        rest.add(descriptor, servicer)
 
     async def healthz(request: Request) -> Response:
         return Response("ok\n", media_type="text/plain")
@@ -52,13 +73,10 @@ def create_app(
             Route("/healthz", healthz),
             Route("/readyz", readyz),
             Route("/metrics", metrics),
-            *rpc_routes(
-                services,
-                max_body_bytes=max_body_bytes,
-                request_timeout_s=request_timeout_s,
-                client_write_s=client_write_s,
-            ),
+            *api_document_routes(rest),
+            *dashboard_routes(),
+            rest,
         ],
         redirect_slashes=False,
     )
-    return RequestFrame(router)
+    return HttpApp(router, rest=rest)

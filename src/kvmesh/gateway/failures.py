@@ -72,7 +72,7 @@ def failure_of(exc: Exception) -> Failure:
     """Return what `exc` means to the client; what nobody foresaw is logged with its trace and told as INTERNAL."""
     match exc:
         case RpcAbortedError(status=status):
-            code = _CODE_BY_NUMBER[status.code]
+            code = _CODE_BY_NUMBER.get(status.code, grpc.StatusCode.UNKNOWN)
             error = error_catalog.from_status(status)
             return Failure(error_catalog.HTTP_STATUS[code], status, error, _headers(code, error))
         case HttpRefusalError(http_status=http_status, error=error, headers=headers):

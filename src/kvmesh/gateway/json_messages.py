@@ -12,9 +12,12 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 
 from kvmesh.core.errors import FixRequestError, Reason
+from kvmesh.gateway.json_base64 import bad_base64_in
 from kvmesh.gateway.json_expectations import expectation_of, rivals_in
 from kvmesh.gateway.routes import find_field
 from kvmesh.wire.validation import invalid
+
+_LINE_ENDS = [(end.encode(), b"\\u%04x" % ord(end)) for end in ("\x85", "\u2028", "\u2029")]
 
 
 def load_json(body: bytes) -> Any:
@@ -32,13 +35,16 @@ def new_message(descriptor: Descriptor) -> Message:
 
 def merge_json(value: Any, message: Message) -> None:
     """Set what a JSON value says in `message`. Raises: FixRequestError(INVALID_FIELD) with the path of the field."""
-    if not isinstance(value, dict):
+    descriptor = cast(Descriptor, message.DESCRIPTOR)
+    if not isinstance(value, dict) and not _is_well_known(descriptor):
         raise FixRequestError(Reason.INVALID_FIELD, "the body must be a JSON object")
+    bad_path = bad_base64_in(descriptor, value)
+    if bad_path is not None:
+        raise invalid(bad_path, "must be base64 text")
     try:
         json_format.ParseDict(value, message)
     except json_format.ParseError as exc:
-        descriptor = cast(Descriptor, message.DESCRIPTOR)
-        fault = _locate(descriptor, value, "")
+        fault = ("body", _innermost(exc)) if _is_well_known(descriptor) else _locate(descriptor, value, "")
         path, problem = fault or ("body", rivals_in(descriptor, value) or _innermost(exc))
         raise invalid(path, problem) from exc
 
@@ -46,6 +52,15 @@ def merge_json(value: Any, message: Message) -> None:
 def to_json(message: Message) -> bytes:
     """Return a message as JSON."""
     return orjson.dumps(to_dict(message))
+
+
+def in_one_line(data: bytes) -> bytes:
+    """Return JSON that is one line to every reader: Python's and others also end lines at U+0085, U+2028 and U+2029."""
+    if data.isascii():
+        return data
+    for raw, escaped in _LINE_ENDS:
+        data = data.replace(raw, escaped)
+    return data
 
 
 def to_dict(message: Message) -> dict[str, Any]:

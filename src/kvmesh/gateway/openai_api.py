@@ -1,16 +1,17 @@
 """The OpenAI API over the mesh's Generator: chat completions, completions and models."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 
 from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
-from kvmesh.core.errors import MeshError, NotKnownError, Reason
+from kvmesh.core.errors import NotKnownError, Reason
 from kvmesh.gateway import sse
 from kvmesh.gateway.body_writer import BODY_WRITER_KEY
 from kvmesh.gateway.json_messages import load_json
+from kvmesh.gateway.openai_choices import Choices, cut_short, merged
 from kvmesh.gateway.openai_chunks import CHAT, COMPLETION, Reply, ReplyForm, model_json
 from kvmesh.gateway.openai_schema import ChatRequest, CompletionRequest, OpenAIRequest, parse_body
 from kvmesh.gateway.request_frame import client_request_id_of, request_id_of
@@ -89,12 +90,16 @@ class Completions:
         """Answer one request. Raises: MeshError until the reply has begun."""
         timeout_s = timeout_of(scope)
         body = await read_body(scope, receive, max_bytes=self._max_body_bytes)
+        client_request_id = client_request_id_of(scope)
         if len(body) < _LARGE_BODY_BYTES:
-            asked, request = self._parse(body, client_request_id_of(scope))
+            asked, requests = self._parse(body, client_request_id)
         else:
-            asked, request = await asyncio.to_thread(self._parse, body, client_request_id_of(scope))
+            asked, requests = await asyncio.to_thread(self._parse, body, client_request_id)
         with fields_named(asked.mesh_fields):
-            await self._answer(scope, receive, send, asked=asked, request=request, timeout_s=timeout_s)
+            if asked.is_plain and len(requests) == 1:
+                await self._answer(scope, receive, send, asked=asked, request=requests[0], timeout_s=timeout_s)
+            else:
+                await self._answer_choices(scope, receive, send, asked=asked, requests=requests, timeout_s=timeout_s)
 
     async def _answer(
         self,
@@ -129,9 +134,44 @@ class Completions:
                 value = await self._whole(events)
             await send_json(send, value)
 
-    def _parse(self, body: bytes, client_request_id: str) -> tuple[OpenAIRequest, frontend_pb2.GenerateRequest]:
+    async def _answer_choices(
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        *,
+        asked: OpenAIRequest,
+        requests: Sequence[frontend_pb2.GenerateRequest],
+        timeout_s: float | None,
+    ) -> None:
+        """Answer with more than the text of one choice; the first choice's request has the reply's id."""
+        request_id = request_id_of(scope)
+        events = merged(
+            [
+                self._generator.generate(request, timeout_s=timeout_s, request_id=None if index else request_id)
+                for index, request in enumerate(requests)
+            ]
+        )
+        choices = Choices(self._form, asked, count=len(requests), request_id=request_id)
+        if asked.stream:
+            streamed = StreamedReply(send, content_type=sse.CONTENT_TYPE, last=sse.DONE)
+            await stream(
+                streamed,
+                choices.chunks(events),
+                receive=receive,
+                timeout_s=timeout_s,
+                client_write_s=self._client_write_s,
+                tell=lambda failure: sse.event(failure.openai_body()),
+            )
+            return
+        async with until_disconnect(receive):
+            async with deadline(timeout_s), aclosing(events):
+                value = await choices.whole(events)
+            await send_json(send, value)
+
+    def _parse(self, body: bytes, client_request_id: str) -> tuple[OpenAIRequest, list[frontend_pb2.GenerateRequest]]:
         asked = parse_body(load_json(body), self._kind)
-        return asked, asked.to_generate_request(client_request_id=client_request_id)
+        return asked, asked.to_generate_requests(client_request_id=client_request_id)
 
     async def _whole(self, events: AsyncIterator[Event]) -> dict[str, object]:
         reply: Reply | None = None
@@ -143,8 +183,8 @@ class Completions:
                 case Delta():
                     pieces += event.pieces
                 case generation_pb2.Finished() if reply is not None:
-                    return reply.whole("".join(pieces), event)
-        raise _cut_short()
+                    return reply.whole([self._form.choice("".join(pieces), event.reason)], event.usage)
+        raise cut_short()
 
     async def _chunks(
         self, events: AsyncGenerator[Event, None], tokens: "_TokenWriter", *, includes_usage: bool
@@ -153,7 +193,7 @@ class Completions:
         async with aclosing(events):
             started = await anext(events, None)
             if not isinstance(started, frontend_pb2.Started):
-                raise _cut_short()
+                raise cut_short()
             reply = tokens.reply = Reply(self._form, started, includes_usage=includes_usage)
             unsent = reply.opening()
             async for event in events:
@@ -161,9 +201,9 @@ class Completions:
                     yield unsent + reply.tokens(event.pieces)
                     unsent = b""
                 elif isinstance(event, generation_pb2.Finished):
-                    tokens.streamed.last = unsent + reply.closing(event) + sse.DONE
+                    tokens.streamed.last = unsent + reply.closing(event.reason) + reply.ending(event.usage) + sse.DONE
                     return
-            raise _cut_short()
+            raise cut_short()
 
 
 class _TokenWriter:
@@ -182,8 +222,3 @@ class _TokenWriter:
         assert self.reply is not None
         if data := self.reply.tokens(delta.pieces):
             self.streamed.write_now(data)
-
-
-def _cut_short() -> MeshError:
-    """Return the error of a generator that broke its contract: Started, Deltas, Finished, or a raised error."""
-    return MeshError(Reason.INTERNAL, "the generator ended without Finished")

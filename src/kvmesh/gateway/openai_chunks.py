@@ -31,12 +31,14 @@ class ReplyForm:
     """`object` of a chunk."""
     is_chat: bool
 
-    def choice(self, text: str, finish_reason: str) -> dict[str, Any]:
-        """Return the one choice of a whole reply."""
+    def choice(
+        self, text: str, reason: generation_pb2.FinishReason.ValueType, *, index: int = 0, logprobs: Any = None
+    ) -> dict[str, Any]:
+        """Return one choice of a whole reply."""
         content: dict[str, Any] = (
             {"message": {"role": "assistant", "content": text, "refusal": None}} if self.is_chat else {"text": text}
         )
-        return {"index": 0, **content, "logprobs": None, "finish_reason": finish_reason}
+        return {"index": index, **content, "logprobs": logprobs, "finish_reason": _FINISH_REASONS[reason]}
 
 
 CHAT = ReplyForm("chatcmpl-", "chat.completion", "chat.completion.chunk", is_chat=True)
@@ -56,38 +58,41 @@ class Reply:
             "model": started.model,
         }
         self._includes_usage = includes_usage
-        prefix, suffix = self._chunk(delta={"content": ""}, text="").rsplit(b'""', 1)
+        prefix, suffix = self.piece("").rsplit(b'""', 1)
         self._token_prefix, self._token_suffix = prefix, suffix
 
-    def whole(self, text: str, finished: generation_pb2.Finished) -> dict[str, Any]:
-        """Return the reply in one piece."""
-        choice = self._form.choice(text, _FINISH_REASONS[finished.reason])
-        return {
-            **self._head,
-            "object": self._form.object_name,
-            "choices": [choice],
-            "usage": usage_json(finished.usage),
-        }
+    def whole(self, choices: list[dict[str, Any]], usage: generation_pb2.Usage) -> dict[str, Any]:
+        """Return the reply in one piece; `choices` as the form makes them."""
+        return {**self._head, "object": self._form.object_name, "choices": choices, "usage": usage_json(usage)}
 
-    def opening(self) -> bytes:
-        """Return the events before the first token: a chat says who speaks."""
-        return self._chunk(delta={"role": "assistant", "content": ""}, text="") if self._form.is_chat else b""
+    def opening(self, *, index: int = 0) -> bytes:
+        """Return the events before a choice's first token: a chat says who speaks."""
+        return self._chunk({"role": "assistant", "content": ""}, "", index=index) if self._form.is_chat else b""
 
     def tokens(self, pieces: Iterable[str]) -> bytes:
-        """Return one event per piece of text, to be written at once."""
+        """Return one event per piece of text of the first choice, to be written at once."""
         prefix, suffix = self._token_prefix, self._token_suffix
         return b"".join([prefix + orjson.dumps(piece) + suffix for piece in pieces])
 
-    def closing(self, finished: generation_pb2.Finished) -> bytes:
-        """Return the events after the last token, before the stream's end."""
-        last = self._chunk(delta={}, text="", finish_reason=_FINISH_REASONS[finished.reason])
-        if not self._includes_usage:
-            return last
-        return last + sse.event(orjson.dumps({**self._head, "choices": [], "usage": usage_json(finished.usage)}))
+    def piece(self, text: str, *, index: int = 0, logprobs: Any = None) -> bytes:
+        """Return the event of one piece of text of any choice."""
+        return self._chunk({"content": text}, text, index=index, logprobs=logprobs)
 
-    def _chunk(self, *, delta: dict[str, str], text: str, finish_reason: str | None = None) -> bytes:
+    def closing(self, reason: generation_pb2.FinishReason.ValueType, *, index: int = 0) -> bytes:
+        """Return the event after a choice's last token."""
+        return self._chunk({}, "", index=index, finish_reason=_FINISH_REASONS[reason])
+
+    def ending(self, usage: generation_pb2.Usage) -> bytes:
+        """Return the events after the last choice, before the stream's end."""
+        if not self._includes_usage:
+            return b""
+        return sse.event(orjson.dumps({**self._head, "choices": [], "usage": usage_json(usage)}))
+
+    def _chunk(
+        self, delta: dict[str, str], text: str, *, index: int, logprobs: Any = None, finish_reason: str | None = None
+    ) -> bytes:
         content: dict[str, Any] = {"delta": delta} if self._form.is_chat else {"text": text}
-        choice = {"index": 0, **content, "logprobs": None, "finish_reason": finish_reason}
+        choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
         usage = {"usage": None} if self._includes_usage else {}
         return sse.event(orjson.dumps({**self._head, "choices": [choice], **usage}))
 

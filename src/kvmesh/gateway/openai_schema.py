@@ -1,8 +1,4 @@
-"""What the OpenAI API's requests hold, as far as it is served, and the mesh's request they become.
-
-A field that changes the answer and is not served is refused by its name, never ignored; a field whose value asks for
-nothing is let through, because clients send many of those.
-"""
+"""What the OpenAI API's requests hold, as far as it is served, and the mesh's requests they become: one per choice."""
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, TypeVar
@@ -11,49 +7,12 @@ import orjson
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from kvmesh.core.errors import FixRequestError, Reason
+from kvmesh.gateway.openai_unserved import without_unserved
 from kvmesh.v1 import frontend_pb2, generation_pb2
-from kvmesh.wire.validation import MAX_STOP_BYTES, MAX_STOPS, invalid
+from kvmesh.wire.validation import MAX_LOGPROBS, MAX_STOP_BYTES, MAX_STOPS, invalid
 
-_NEUTRAL: dict[str, tuple[object, ...]] = {
-    "n": (None, 1),
-    "best_of": (None, 1),
-    "frequency_penalty": (None, 0),
-    "presence_penalty": (None, 0),
-    "logprobs": (None, False),
-    "top_logprobs": (None, 0),
-    "logit_bias": (None, {}),
-    "response_format": (None, {"type": "text"}),
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
-    "functions": (None, []),
-    "function_call": (None, "none", "auto"),
-    "modalities": (None, ["text"]),
-    "echo": (None, False),
-    "suffix": (None, ""),
-    "store": (None, False),
-    "service_tier": (None, "auto", "default"),
-    "reasoning_effort": (None,),
-    "audio": (None,),
-    "prediction": (None,),
-    "web_search_options": (None,),
-    "verbosity": (None,),
-}
-"""Fields of the API that are not served, with the values that ask for nothing."""
-
-_ABOUT_THE_CALLER = frozenset(
-    {"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "parallel_tool_calls"}
-)
-"""Fields that change no answer here."""
-
-_NEUTRAL_IN_MESSAGES: dict[str, tuple[object, ...]] = {
-    "name": (None, ""),
-    "refusal": (None,),
-    "audio": (None,),
-    "annotations": (None, []),
-    "function_call": (None,),
-    "tool_calls": (None, []),
-}
-"""What clients send along when they pass an earlier answer back."""
+MAX_CHOICES = 32
+"""Of one request; each is a request of the mesh."""
 
 
 def _text_of_parts(value: object) -> object:
@@ -72,12 +31,19 @@ def _one_or_many(value: object) -> object:
     return [] if value is None else [value] if isinstance(value, str) else value
 
 
-def _only_prompt(value: object) -> object:
-    """Unwrap a list of one prompt."""
-    if isinstance(value, list) and value and isinstance(value[0], str | list):
-        if len(value) > 1:
-            raise ValueError("one prompt per request")
-        return value[0]
+def _many_prompts(value: object) -> object:
+    """Make a list of prompts of one."""
+    is_many = isinstance(value, list) and bool(value) and isinstance(value[0], str | list)
+    return value if is_many else [value]
+
+
+def _none_if_false(value: object) -> object:
+    return None if value is False else value
+
+
+def _typed_format(value: Mapping[str, Any]) -> Mapping[str, Any]:
+    if not isinstance(value.get("type"), str):
+        raise ValueError('must have a type, as in {"type": "json_object"}')
     return value
 
 
@@ -126,6 +92,30 @@ class OpenAIRequest(_Strict):
     """Likewise."""
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
     stop: Annotated[list[_Stop], BeforeValidator(_one_or_many), Field(max_length=MAX_STOPS)] = []
+    n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
+    """Choices per prompt."""
+    response_format: Annotated[dict[str, Any], AfterValidator(_typed_format)] | None = None
+    """Passed on as it is, to engines that keep to one."""
+
+    @property
+    def choices_per_prompt(self) -> int:
+        """How many answers each prompt gets; choice i answers prompt i // choices_per_prompt."""
+        return self.n or 1
+
+    @property
+    def logprob_count(self) -> int | None:
+        """How many likely tokens are told per output token; None = not even its own log probability."""
+        raise NotImplementedError
+
+    @property
+    def echoed(self) -> list[str]:
+        """The prompts that their answers begin with; [] = none does."""
+        return []
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether each choice is nothing but its text."""
+        return self.logprob_count is None and not self.echoed
 
     @property
     def includes_usage(self) -> bool:
@@ -135,16 +125,16 @@ class OpenAIRequest(_Strict):
     mesh_fields: ClassVar[Mapping[str, str]] = {}
     """This API's name of what the mesh's request, and what is made of it, calls by another."""
 
-    def prompt_message(self) -> generation_pb2.Prompt:
-        """Return the prompt. Raises: FixRequestError(EMPTY_PROMPT)."""
+    def prompt_messages(self) -> list[generation_pb2.Prompt]:
+        """Return the prompts. Raises: FixRequestError(EMPTY_PROMPT)."""
         raise NotImplementedError
 
     def token_limit(self) -> int | None:
         """Return the most tokens to produce."""
         return self.max_tokens
 
-    def to_generate_request(self, *, client_request_id: str) -> frontend_pb2.GenerateRequest:
-        """Return the mesh's request. Raises: FixRequestError."""
+    def to_generate_requests(self, *, client_request_id: str) -> list[frontend_pb2.GenerateRequest]:
+        """Return the mesh's requests, one per choice. Raises: FixRequestError."""
         sampling = generation_pb2.SamplingParams(
             max_tokens=self.token_limit(),
             temperature=self.temperature,
@@ -153,27 +143,64 @@ class OpenAIRequest(_Strict):
             seed=None if self.seed is None else self.seed % 2**64,
             stop=self.stop,
             ignore_eos=self.ignore_eos,
+            logprobs=self.logprob_count,
+            response_format=self._format_json(),
         )
-        return frontend_pb2.GenerateRequest(
-            prompt=self.prompt_message(), model=self.model, sampling=sampling, client_request_id=client_request_id
-        )
+        prompts = self.prompt_messages()
+        if len(prompts) * self.choices_per_prompt > MAX_CHOICES:
+            raise invalid(
+                "n" if self.n else "prompt",
+                f"{len(prompts)} prompts with {self.choices_per_prompt} choices each are too many: up to {MAX_CHOICES}",
+            )
+        requests = [
+            frontend_pb2.GenerateRequest(
+                prompt=prompt, model=self.model, sampling=sampling, client_request_id=client_request_id
+            )
+            for prompt in prompts
+            for _ in range(self.choices_per_prompt)
+        ]
+        if self.seed is not None:  # the choices of one prompt would all be the same
+            for index, request in enumerate(requests):
+                request.sampling.seed = (self.seed + index % self.choices_per_prompt) % 2**64
+        return requests
+
+    def _format_json(self) -> str:
+        if self.response_format is None or self.response_format["type"] == "text":
+            return ""
+        return orjson.dumps(self.response_format).decode()
+
+
+_SAMPLING_FIELDS = {"sampling.response_format": "response_format", "sampling.max_tokens": "max_tokens"}
 
 
 class ChatRequest(OpenAIRequest):
     """The body of /v1/chat/completions."""
 
-    mesh_fields: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        ("prompt", "prompt.messages", "prompt.messages.messages", "text", "token_ids"), "messages"
-    )
+    mesh_fields: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("prompt", "prompt.messages", "prompt.messages.messages", "text", "token_ids"), "messages"),
+        **_SAMPLING_FIELDS,
+        "sampling.logprobs": "logprobs",
+    }
     messages: list[Message]
     max_completion_tokens: int | None = Field(default=None, ge=1, lt=2**32)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
 
-    def prompt_message(self) -> generation_pb2.Prompt:
+    @property
+    def logprob_count(self) -> int | None:
+        """See OpenAIRequest. Raises: FixRequestError(INVALID_FIELD) for the one of the two fields without the other."""
+        if not self.logprobs:
+            if self.top_logprobs:
+                raise invalid("top_logprobs", "set logprobs to true as well")
+            return None
+        return self.top_logprobs or 0
+
+    def prompt_messages(self) -> list[generation_pb2.Prompt]:
         """Return the conversation."""
         if not self.messages:
             raise FixRequestError(Reason.EMPTY_PROMPT, "", field="messages")
         messages = [generation_pb2.ChatMessage(role=item.role, content=item.content) for item in self.messages]
-        return generation_pb2.Prompt(messages=generation_pb2.ChatMessages(messages=messages))
+        return [generation_pb2.Prompt(messages=generation_pb2.ChatMessages(messages=messages))]
 
     def token_limit(self) -> int | None:
         """Return the newer of the API's two names for it where it is set."""
@@ -183,18 +210,46 @@ class ChatRequest(OpenAIRequest):
 class CompletionRequest(OpenAIRequest):
     """The body of /v1/completions."""
 
-    mesh_fields: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        ("prompt.text", "prompt.token_ids", "text", "token_ids"), "prompt"
-    )
-    prompt: Annotated[str | list[Annotated[int, Field(ge=0, lt=2**32)]], BeforeValidator(_only_prompt)]
+    mesh_fields: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("prompt.text", "prompt.token_ids", "text", "token_ids"), "prompt"),
+        **_SAMPLING_FIELDS,
+        "sampling.logprobs": "logprobs",
+    }
+    prompt: Annotated[
+        list[str | list[Annotated[int, Field(ge=0, lt=2**32)]]], BeforeValidator(_many_prompts), Field(min_length=1)
+    ]
+    """One or several; each is text or tokens."""
+    logprobs: Annotated[int | None, BeforeValidator(_none_if_false)] = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    echo: bool | None = None
+    best_of: int | None = Field(default=None, ge=1)
 
-    def prompt_message(self) -> generation_pb2.Prompt:
-        """Return the text or the tokens."""
-        if not self.prompt:
-            raise FixRequestError(Reason.EMPTY_PROMPT, "", field="prompt")
-        if isinstance(self.prompt, str):
-            return generation_pb2.Prompt(text=self.prompt)
-        return generation_pb2.Prompt(token_ids=generation_pb2.TokenIds(token_ids=self.prompt))
+    @property
+    def logprob_count(self) -> int | None:
+        """See OpenAIRequest."""
+        return self.logprobs
+
+    @property
+    def echoed(self) -> list[str]:
+        """See OpenAIRequest."""
+        return [prompt for prompt in self.prompt if isinstance(prompt, str)] if self.echo else []
+
+    def prompt_messages(self) -> list[generation_pb2.Prompt]:
+        """Return the texts or the tokens. Raises: FixRequestError(INVALID_FIELD) for fields that do not go together."""
+        if self.echo and self.logprobs is not None:
+            raise invalid("echo", "not supported with logprobs: the prompt's tokens have none here; leave one out")
+        if self.echo and len(self.echoed) < len(self.prompt):
+            raise invalid("echo", "not supported for prompts of tokens: send text")
+        if self.best_of is not None and self.best_of != self.choices_per_prompt:
+            raise invalid("best_of", "not supported: leave it out; n answers are made and all of them returned")
+        return [_prompt_of(prompt) for prompt in self.prompt]
+
+
+def _prompt_of(prompt: str | Sequence[int]) -> generation_pb2.Prompt:
+    if not prompt:
+        raise FixRequestError(Reason.EMPTY_PROMPT, "", field="prompt")
+    if isinstance(prompt, str):
+        return generation_pb2.Prompt(text=prompt)
+    return generation_pb2.Prompt(token_ids=generation_pb2.TokenIds(token_ids=prompt))
 
 
 Body = TypeVar("Body", bound=OpenAIRequest)
@@ -204,30 +259,10 @@ def parse_body(value: Any, kind: type[Body]) -> Body:
     """Return a request of this kind. Raises: FixRequestError naming the field, with its range where it has one."""
     if not isinstance(value, Mapping):
         raise FixRequestError(Reason.INVALID_FIELD, "the body must be a JSON object")
-    served = _without_neutral(value, _NEUTRAL, path="")
-    served = {name: item for name, item in served.items() if name not in _ABOUT_THE_CALLER}
-    messages = served.get("messages")
-    if isinstance(messages, list):
-        served["messages"] = [
-            _without_neutral(item, _NEUTRAL_IN_MESSAGES, path=f"messages[{index}].")
-            if isinstance(item, Mapping)
-            else item
-            for index, item in enumerate(messages)
-        ]
     try:
-        return kind.model_validate(served)
+        return kind.model_validate(without_unserved(value))
     except ValidationError as exc:
         raise _refusal(exc) from exc
-
-
-def _without_neutral(value: Mapping[str, Any], neutral: Mapping[str, Sequence[object]], *, path: str) -> dict[str, Any]:
-    """Return what is left to look at. Raises: FixRequestError naming a field that asks for what is not served."""
-    for name, item in value.items():
-        if name in neutral and item not in neutral[name]:
-            allowed = [f"send {orjson.dumps(value).decode()}" for value in neutral[name] if value is not None]
-            advice = " or ".join(["leave it out", *allowed])
-            raise invalid(f"{path}{name}", f"not supported: {advice}")
-    return {name: item for name, item in value.items() if name not in neutral}
 
 
 def _refusal(exc: ValidationError) -> FixRequestError:
@@ -236,6 +271,8 @@ def _refusal(exc: ValidationError) -> FixRequestError:
     field, *rest = first["loc"]
     parts = [field, *(part for part in rest if not (isinstance(part, str) and ("[" in part or part in {"str", "int"})))]
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).removeprefix(".")
+    if field == "prompt" and first["type"] != "missing":  # of the two branches' errors either alone would mislead
+        return invalid("prompt", "must be text, a list of token ids (0 to 2^32 - 1), or a list of several such prompts")
     if first["type"] == "extra_forbidden":
         return invalid(path, "not supported: leave it out")
     return invalid(path, first["msg"].removeprefix("Value error, "))

@@ -15,6 +15,9 @@ from kvmesh.wire.validation import invalid
 
 _LARGE_BODY_BYTES = 128 * 1024
 """From here on (milliseconds of parsing) a body is parsed off the loop."""
+MAX_QUERY_PARAMETERS = 1000
+"""Of one request."""
+_JSON_VALUES = frozenset(f"google.protobuf.{name}" for name in ("Any", "Empty", "ListValue", "Struct", "Value"))
 _BOOLEANS = {"true": True, "false": False}
 
 
@@ -34,8 +37,10 @@ def _bind(rule: HttpRule, path_values: Mapping[str, str], query: bytes, body: by
     if parameters:
         merge_json(parameters, message)
     for field_path, text in path_values.items():  # last: the path is what was called
+        field = field_at(rule.method.input_type, field_path)
+        assert field is not None, "rules_of refuses such a template"
         tree: dict[str, Any] = {}
-        _put(tree, field_path, text)
+        _put(tree, field_path, _value_of(field, text))
         merge_json(tree, message)
     return message
 
@@ -45,6 +50,8 @@ def _query_values(rule: HttpRule, query: bytes) -> dict[str, Any]:
         pairs = parse_qsl(query.decode("ascii"), keep_blank_values=True, errors="strict")
     except ValueError as exc:
         raise FixRequestError(Reason.INVALID_FIELD, "the query string is not percent-encoded UTF-8") from exc
+    if len(pairs) > MAX_QUERY_PARAMETERS:
+        raise FixRequestError(Reason.INVALID_FIELD, f"at most {MAX_QUERY_PARAMETERS} query parameters")
     tree: dict[str, Any] = {}
     bound = {variable.field_path for variable in rule.variables} | {rule.body}
     for name, text in pairs:
@@ -55,16 +62,22 @@ def _query_values(rule: HttpRule, query: bytes) -> dict[str, Any]:
             raise invalid(name, "unknown field")
         if name.partition(".")[0] in bound or name in bound:
             raise invalid(name, "already set by the path or the body")
-        if _is_structured(field):
-            raise invalid(name, "is no single value: name one of its fields, as in parent.field=value")
-        value = _BOOLEANS.get(text, text) if field.type == FieldDescriptor.TYPE_BOOL else text
-        _put(tree, name, value, is_repeated=field.is_repeated)
+        if is_structured(field):
+            raise invalid(name, "is no single value: name one of its fields, as in parent.field=value, if it has any")
+        _put(tree, name, _value_of(field, text), is_repeated=field.is_repeated)
     return tree
 
 
-def _is_structured(field: FieldDescriptor) -> bool:
-    """Whether it has no form as one text: Duration, Timestamp and the wrappers have."""
-    return field.message_type is not None and field.message_type.file.package != "google.protobuf"
+def _value_of(field: FieldDescriptor, text: str) -> Any:
+    """Return the JSON value that a text of the path or the query stands for: all but true and false are texts there."""
+    is_wrapped_boolean = field.message_type is not None and field.message_type.full_name == "google.protobuf.BoolValue"
+    return _BOOLEANS.get(text, text) if field.type == FieldDescriptor.TYPE_BOOL or is_wrapped_boolean else text
+
+
+def is_structured(field: FieldDescriptor) -> bool:
+    """Tell whether it has no form as one text: Duration, Timestamp, FieldMask and the wrappers have."""
+    kind = field.message_type
+    return kind is not None and (kind.file.package != "google.protobuf" or kind.full_name in _JSON_VALUES)
 
 
 def _put(tree: dict[str, Any], field_path: str, value: Any, *, is_repeated: bool = False) -> None:

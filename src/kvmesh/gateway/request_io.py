@@ -10,7 +10,7 @@ from starlette.types import Receive, Scope, Send
 
 from kvmesh.core.errors import OutOfTimeError, Reason, TryElsewhereError
 from kvmesh.gateway.body_writer import BodyWriter
-from kvmesh.gateway.failures import Failure, body_too_long, failure_of
+from kvmesh.gateway.failures import Failure, Headers, body_too_long, failure_of
 from kvmesh.services.owned_tasks import OwnedTasks
 from kvmesh.services.stalled_clients import Writes, while_client_reads
 from kvmesh.wire.validation import invalid
@@ -121,13 +121,20 @@ class StreamedReply:
     """A reply whose status is decided by its first bytes: until then the request may still fail with another."""
 
     def __init__(
-        self, send: Send, *, content_type: bytes, last: bytes = b"", body_writer: BodyWriter | None = None
+        self,
+        send: Send,
+        *,
+        content_type: bytes,
+        last: bytes = b"",
+        body_writer: BodyWriter | None = None,
+        headers: Callable[[], Headers] = list,
     ) -> None:
-        """Nothing is sent before the first write; `last` ends a good stream."""
+        """Nothing is sent before the first write; `last` ends a good stream, `headers` are asked for at its start."""
         self._send = send
         self._content_type = content_type
         self._now = asyncio.get_running_loop().time
         self._body_writer = body_writer
+        self._headers = headers
         self.last = last
         self.is_started = False
         self.writes = Writes()
@@ -167,6 +174,7 @@ class StreamedReply:
             (b"content-type", self._content_type),
             (b"cache-control", b"no-cache"),
             (b"x-accel-buffering", b"no"),
+            *self._headers(),
         ]
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
 

@@ -44,6 +44,13 @@ class HttpRule:
     method: MethodDescriptor
     pattern: re.Pattern[str]
     variables: tuple[PathVariable, ...]
+    index: int = 0
+    """Position among the method's rules: 0 = its own, then the additional bindings."""
+
+    @property
+    def openapi_path(self) -> str:
+        """The template without what its variables must look like, as OpenAPI writes it."""
+        return _VARIABLE.sub(r"{\1}", self.template)
 
     def match(self, raw_path: str) -> dict[str, str] | None:
         """Return the path's values by field path, or None where the path is another's."""
@@ -62,11 +69,11 @@ def rules_of(services: Iterable[ServiceDescriptor]) -> Sequence[HttpRule]:
     Raises: ValueError for an annotation that cannot be served, or two of one verb and path.
     """
     rules = [
-        _rule(http, method)
+        _rule(http, method, index)
         for service in services
         for method in service.methods
-        for http in _annotations(method)
-    ]  # fmt: skip
+        for index, http in enumerate(_annotations(method))
+    ]
     seen: dict[tuple[str, str], HttpRule] = {}
     for rule in rules:
         other = seen.setdefault((rule.verb, rule.pattern.pattern), rule)
@@ -100,7 +107,7 @@ def _annotations(method: MethodDescriptor) -> Iterator[http_pb2.HttpRule]:
         yield from rule.additional_bindings
 
 
-def _rule(http: http_pb2.HttpRule, method: MethodDescriptor) -> HttpRule:
+def _rule(http: http_pb2.HttpRule, method: MethodDescriptor, index: int) -> HttpRule:
     kind = http.WhichOneof("pattern")
     if kind is None or kind == "custom" or http.response_body or method.client_streaming:
         raise ValueError(f"{method.full_name}: this annotation cannot be served: {http}")
@@ -110,7 +117,11 @@ def _rule(http: http_pb2.HttpRule, method: MethodDescriptor) -> HttpRule:
     for field_path in bound:
         if field_at(method.input_type, field_path) is None:
             raise ValueError(f"{method.full_name}: {template}: {method.input_type.full_name} has no {field_path}")
-    return HttpRule(kind.upper(), template, http.body, method, pattern, variables)
+    for variable in variables:
+        field = field_at(method.input_type, variable.field_path)
+        if field is not None and (field.is_repeated or field.message_type is not None):
+            raise ValueError(f"{method.full_name}: {template}: {variable.field_path} is no single value")
+    return HttpRule(kind.upper(), template, http.body, method, pattern, variables, index)
 
 
 def _compile(template: str) -> tuple[re.Pattern[str], tuple[PathVariable, ...]]:
@@ -129,6 +140,7 @@ def _segments(text: str) -> str:
     return "".join(wildcards.get(part) or re.escape(part) for part in _WILDCARD.split(text))
 
 
-def _breadth(rule: HttpRule) -> tuple[int, int]:
-    """Fewer variables first, then more literal text: `/a/{b}:verb` before `/a/{b}`."""
-    return len(rule.variables), -len(_VARIABLE.sub("", rule.template))
+def _breadth(rule: HttpRule) -> tuple[int, int, int]:
+    """Fewer `**` first, then fewer `*`, then more literal text: `/a/b` before `/a/{b}:verb` before `/a/{b}`."""
+    bare = _VARIABLE.sub(lambda found: found[2] or "*", rule.template)
+    return bare.count("**"), bare.replace("**", "").count("*"), -len(bare)

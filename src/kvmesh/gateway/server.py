@@ -18,17 +18,43 @@ from kvmesh.services.channels import PortTakenError
 from kvmesh.services.owned_tasks import OwnedTasks
 
 PORT_FLAG = "--http-port"
+MAX_HEAD_BYTES = 64 * 1024
+"""Of a request's line and headers together: no parser of them has a bound of its own."""
 _BACKLOG = 2048
+_TOO_LONG = b'{"code":3,"message":"The request line and the headers are too long.","details":[]}'
+_HEAD_TOO_LONG = (
+    b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-type: application/json\r\n"
+    b"content-length: %d\r\n\r\n%b" % (len(_TOO_LONG), _TOO_LONG)
+)
 
 
 class _Protocol(HttpToolsProtocol):
-    """Uvicorn's, which also lets an app write to the connection without waiting."""
+    """Uvicorn's, which also lets an app write to the connection without waiting, and bounds a request's head."""
+
+    _awaits_head = False
+    _head_bytes = 0
+    """Of a head that has not ended yet: one that ends within a read is bounded by the read."""
+
+    def data_received(self, data: bytes) -> None:
+        """Read on, unless the head of a request is longer than any need be."""
+        super().data_received(data)
+        if self._awaits_head:
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+                self.transport.write(_HEAD_TOO_LONG)
+                self.transport.close()
 
     def on_message_begin(self) -> None:
         """Begin a request."""
         super().on_message_begin()
+        self._awaits_head, self._head_bytes = True, 0
         scope: MutableMapping[str, Any] = self.scope  # type: ignore[assignment]  # ASGI lets servers add keys
         scope[BODY_WRITER_KEY] = BodyWriter(self.transport, is_behind=lambda: self.flow.write_paused)
+
+    def on_headers_complete(self) -> None:
+        """Begin its body."""
+        self._awaits_head = False
+        super().on_headers_complete()
 
 
 class HttpServer:

@@ -1,24 +1,23 @@
-"""The mesh's REST routes: one Starlette route per rule, JSON in and out, the servicer's method called in process.
+"""One REST route: a rule and the servicer's method behind it, called in process, JSON in and out.
 
 A streaming method answers one line of JSON per message, `{"result": {...}}`; `Accept: text/event-stream` makes each an
 event. An error before the first message is an HTTP status; a later one is the last line, `{"error": {...}}`. A unary
 method answers plain JSON whatever is accepted.
 """
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
-from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message import Message
-from starlette.exceptions import HTTPException
-from starlette.routing import BaseRoute, Match
 from starlette.types import Receive, Scope, Send
 
 from kvmesh.gateway import sse
+from kvmesh.gateway.call_metadata import metadata_of
 from kvmesh.gateway.failures import Failure
-from kvmesh.gateway.json_messages import to_json
+from kvmesh.gateway.json_messages import in_one_line, to_json
 from kvmesh.gateway.request_binding import bind_request
 from kvmesh.gateway.request_frame import REQUEST_ID_KEY, request_id_of
 from kvmesh.gateway.request_io import (
@@ -32,121 +31,90 @@ from kvmesh.gateway.request_io import (
     until_disconnect,
 )
 from kvmesh.gateway.rest_context import RestContext
-from kvmesh.gateway.routes import HttpRule, rules_of
-
-Servicer = object
-"""An instance of a generated servicer class: its methods are found by the descriptor's names."""
+from kvmesh.gateway.routes import HttpRule
 
 NDJSON = b"application/x-ndjson"
 
 
-def rpc_routes(
-    services: Sequence[tuple[ServiceDescriptor, Servicer]],
-    *,
-    max_body_bytes: int,
-    request_timeout_s: float,
-    client_write_s: float,
-) -> list["RpcRoute"]:
-    """Return the routes of all annotated methods; `request_timeout_s` bounds a unary call whose client sets no time.
+@dataclass(frozen=True, slots=True)
+class CallBounds:
+    """What no call may exceed."""
 
-    Raises: ValueError for an annotation that cannot be served.
-    """
-    servicers = {descriptor.full_name: servicer for descriptor, servicer in services}
-    return [
-        RpcRoute(
-            rule,
-            getattr(servicers[rule.method.containing_service.full_name], rule.method.name),
-            max_body_bytes=max_body_bytes,
-            request_timeout_s=request_timeout_s,
-            client_write_s=client_write_s,
-        )
-        for rule in rules_of(descriptor for descriptor, _ in services)
-    ]
+    max_body_bytes: int
+    request_timeout_s: float
+    """Of a unary call whose client sets no time."""
+    client_write_s: float
+    """Of each write of a stream whose client does not read."""
 
 
-class RpcRoute(BaseRoute):
+class RpcRoute:
     """One rule served by one method of a servicer."""
 
-    def __init__(
-        self, rule: HttpRule, method: Any, *, max_body_bytes: int, request_timeout_s: float, client_write_s: float
-    ) -> None:
+    def __init__(self, rule: HttpRule, method: Any, *, bounds: CallBounds) -> None:
         """`method` takes (request, context): a coroutine function, or an async generator function if it streams."""
+        self.rule = rule
         self.path = rule.template
         """The template, as metrics name the route."""
-        self._rule = rule
         self._method = method
-        self._max_body_bytes = max_body_bytes
-        self._request_timeout_s = request_timeout_s
-        self._client_write_s = client_write_s
-
-    def matches(self, scope: Scope) -> tuple[Match, Scope]:
-        """Return PARTIAL where only the verb differs."""
-        if scope["type"] != "http":
-            return Match.NONE, {}
-        path_values = self._rule.match(scope["raw_path"].decode("latin-1"))
-        if path_values is None:
-            return Match.NONE, {}
-        match = Match.FULL if _verb(scope) == self._rule.verb else Match.PARTIAL
-        return match, {"path_params": path_values, "endpoint": self._method}
+        self._bounds = bounds
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Call the method and answer. Raises: what the method raises, until the reply has begun."""
-        if _verb(scope) != self._rule.verb:
-            raise HTTPException(405, headers={"Allow": "GET, HEAD" if self._rule.verb == "GET" else self._rule.verb})
         timeout_s = timeout_of(scope)
-        body = await read_body(scope, receive, max_bytes=self._max_body_bytes) if self._rule.body else b""
+        is_stream = self.rule.method.server_streaming
+        if timeout_s is None and not is_stream:
+            timeout_s = self._bounds.request_timeout_s
+        context = _context(scope, timeout_s)
+        body = await read_body(scope, receive, max_bytes=self._bounds.max_body_bytes) if self.rule.body else b""
         request = await bind_request(
-            self._rule, path_values=scope["path_params"], query=scope["query_string"], body=body
+            self.rule, path_values=scope["path_params"], query=scope["query_string"], body=body
         )
-        if self._rule.method.server_streaming and scope["method"] == "HEAD":
+        if is_stream and scope["method"] == "HEAD":
             await send_bytes(send, b"", content_type=sse.CONTENT_TYPE if _wants_events(scope) else NDJSON)
-        elif self._rule.method.server_streaming:
-            await self._stream(request, scope, receive, send, timeout_s)
+        elif is_stream:
+            await self._stream(request, context, receive, send, wants_events=_wants_events(scope))
         else:
-            timeout_s = self._request_timeout_s if timeout_s is None else timeout_s
-            async with until_disconnect(receive):
-                async with deadline(timeout_s):
-                    response = await self._method(request, _context(scope, timeout_s))
-                await send_bytes(send, to_json(response))
+            await self._answer(request, context, receive, send)
+
+    async def _answer(self, request: Message, context: RestContext, receive: Receive, send: Send) -> None:
+        async with until_disconnect(receive):
+            async with deadline(context.time_remaining()):
+                response = await self._method(request, context)
+            context.check_code()
+            await send_bytes(send, to_json(response), headers=context.reply_headers())
 
     async def _stream(
-        self, request: Message, scope: Scope, receive: Receive, send: Send, timeout_s: float | None
+        self, request: Message, context: RestContext, receive: Receive, send: Send, *, wants_events: bool
     ) -> None:
-        wants_events = _wants_events(scope)
         frame = sse.event if wants_events else _line
         await stream(
-            StreamedReply(send, content_type=sse.CONTENT_TYPE if wants_events else NDJSON),
-            self._results(request, _context(scope, timeout_s), frame),
+            StreamedReply(
+                send, content_type=sse.CONTENT_TYPE if wants_events else NDJSON, headers=context.reply_headers
+            ),
+            self._results(request, context, frame),
             receive=receive,
-            timeout_s=timeout_s,
-            client_write_s=self._client_write_s,
+            timeout_s=context.time_remaining(),
+            client_write_s=self._bounds.client_write_s,
             tell=lambda failure: frame(_error(failure)),
         )
 
     async def _results(self, request: Message, context: RestContext, frame: Any) -> AsyncGenerator[bytes, None]:
         async with aclosing(self._method(request, context)) as messages:
             async for message in messages:
-                yield frame(b'{"result":' + to_json(message) + b"}")
+                yield frame(b'{"result":' + in_one_line(to_json(message)) + b"}")
+        context.check_code()
 
 
 def _context(scope: Scope, timeout_s: float | None) -> RestContext:
-    request_id, request_id_key = request_id_of(scope), REQUEST_ID_KEY.encode("ascii")
-    metadata = [
-        (key.decode("latin-1"), value.decode("latin-1")) for key, value in scope["headers"] if key != request_id_key
-    ]
+    request_id = request_id_of(scope)
     host, port = scope.get("client") or ("", 0)
     family = "ipv6" if ":" in host else "ipv4"
     return RestContext(
         request_id=request_id,
-        metadata=[*metadata, (REQUEST_ID_KEY, request_id)],
+        metadata=metadata_of(scope, request_id_key=REQUEST_ID_KEY, request_id=request_id),
         peer=f"{family}:[{host}]:{port}" if family == "ipv6" else f"{family}:{host}:{port}",
         timeout_s=timeout_s,
     )
-
-
-def _verb(scope: Scope) -> str:
-    """Return the verb of the rule that is asked for: HEAD is a GET whose body the server keeps to itself."""
-    return "GET" if scope["method"] == "HEAD" else str(scope["method"])
 
 
 def _wants_events(scope: Scope) -> bool:

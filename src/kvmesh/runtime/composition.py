@@ -20,7 +20,7 @@ from kvmesh.runtime.decode_work import decode_work
 from kvmesh.runtime.engine_registry import EnginePlan, plan_engine
 from kvmesh.runtime.gateway_role import Doors, GatewayRole
 from kvmesh.runtime.policy_loading import load_policy
-from kvmesh.runtime.prefill_work import PrefillWork
+from kvmesh.runtime.prefill_work import prefill_work
 from kvmesh.runtime.processor_role import ProcessorRole, Tokenizers
 from kvmesh.runtime.queue_role import QueueRole
 from kvmesh.runtime.role import Listen
@@ -45,8 +45,8 @@ class Composition:
     ) -> None:
         """Take `discovery`, which stays the caller's to close.
 
-        `network` joins workers of this process; None = there is only one. `plan` brings engines of the caller's own in
-        place of `engine.*`.
+        `network` joins workers of this process, for the transport `memory`; None = there is only one. `plan` brings
+        engines of the caller's own in place of `engine.*`.
         """
         self._settings = settings
         self._discovery = discovery
@@ -68,7 +68,7 @@ class Composition:
         """Make a decode or a prefill worker."""
         memory = open_transports(
             network=self._network,
-            host=listen.host if self._network is None else None,
+            host=listen.host,
             advertised_host=listen.advertise or None,
             kinds=self._settings.process.transports,
         )
@@ -81,8 +81,9 @@ class Composition:
             transports=memory.transports,
             discovery=self._discovery,
             waits=self._settings.waits,
-            build=self._decode_work if role is WorkerRole.DECODE else PrefillWork,
+            build=self._decode_work if role is WorkerRole.DECODE else self._prefill_work,
             listen=listen,
+            labels=self._settings.mesh.labels_of(node),
         )
 
     def queue(self, *, node: str, index: int, listen: Listen) -> QueueRole:
@@ -114,6 +115,7 @@ class Composition:
             router=self._router_part(),
             tokenizers=self._tokenizers(),
             waits=self._settings.waits,
+            merge_within_s=self._settings.output.merge_s,
             namespace=self._settings.namespace,
             discovery=self._discovery,
             listen=listen,
@@ -139,6 +141,7 @@ class Composition:
                 grpc_flag=grpc_flag,
             ),
             waits=settings.waits,
+            merge_within_s=settings.output.merge_s,
         )
 
     def router_plan(self) -> RouterPlan:
@@ -173,7 +176,20 @@ class Composition:
         return {self.plan.model_name: self.plan.tokenizer}
 
     def _decode_work(self, parts: WorkerParts) -> Work:
-        build = decode_work(rules=self._remote_prefill_rules, required=self._settings.remote_prefill.required)
+        remote = self._settings.remote_prefill
+        build = decode_work(
+            rules=self._remote_prefill_rules,
+            required=remote.required,
+            direct=remote.mode == "direct",
+            checksums=remote.checksums,
+        )
+        return build(parts)
+
+    def _prefill_work(self, parts: WorkerParts) -> Work:
+        remote = self._settings.remote_prefill
+        build = prefill_work(
+            pulls=remote.mode == "queue", max_direct_tasks=remote.max_direct_tasks, checksums=remote.checksums
+        )
         return build(parts)
 
     @cached_property

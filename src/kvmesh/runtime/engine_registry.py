@@ -11,10 +11,12 @@ from kvmesh.core.errors import FixRequestError, Reason
 from kvmesh.core.suggestions import suggestion
 from kvmesh.engines.engine import Engine
 from kvmesh.engines.paged_model import Allocate, allocate_here
+from kvmesh.models import SPEAKS
 from kvmesh.runtime.settings import EngineSettings
 from kvmesh.tokenizing.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from kvmesh.engines.huggingface_model import HuggingFaceModel
     from kvmesh.engines.openai_upstream import OpenEvents
     from kvmesh.engines.openai_upstream_options import OpenAiUpstreamOptions
 
@@ -98,17 +100,13 @@ def _plan_simulated(settings: EngineSettings) -> EnginePlan:
 def _plan_numpy_llama(settings: EngineSettings) -> EnginePlan:
     from kvmesh.engines import numpy_llama, numpy_llama_config, numpy_llama_options, numpy_llama_weights  # noqa: PLC0415  # as above
 
-    folder = settings.model
-    if folder is None:
-        raise FixRequestError(
-            Reason.INVALID_FIELD,
-            "numpy_llama needs a model: --model DIR, e.g. one that `kvmesh model make-tiny DIR` writes",
-            field="engine.model",
-        )
+    folder = settings.model or SPEAKS
     tokenizer = _load_tokenizer(folder)
     config = numpy_llama_config.LlamaConfig.read(folder)
     numpy_llama_weights.check_weight_files(folder)
     defaults = {name: text for name, text in _defaults(tokenizer).items() if name in _OF_A_REAL_MODEL}
+    if settings.model is None:
+        defaults |= _OF_SPEAKS
     options = numpy_llama_options.parse({**defaults, **_with_speedup(settings, "numpy_llama")})
 
     @cache  # all engines of one process share the weights, and a process without engines loads none
@@ -122,6 +120,42 @@ def _plan_numpy_llama(settings: EngineSettings) -> EnginePlan:
         build=lambda node, *, index=0, allocate=allocate_here: numpy_llama.NumpyLlamaEngine(
             weights(), options, allocate=allocate
         ),
+    )
+
+
+def _plan_huggingface(settings: EngineSettings) -> EnginePlan:
+    from kvmesh.engines import huggingface_folder, huggingface_options  # noqa: PLC0415  # as above
+
+    folder = settings.model
+    if folder is None:
+        raise FixRequestError(
+            Reason.INVALID_FIELD,
+            "huggingface needs a model: --model DIR, e.g. one that `kvmesh model make-tiny DIR` writes",
+            field="engine.model",
+        )
+    weights_bytes = huggingface_folder.check_folder(folder)
+    tokenizer = _load_tokenizer(folder)
+    defaults = {name: text for name, text in _defaults(tokenizer).items() if name in _OF_A_REAL_MODEL}
+    options = huggingface_options.parse({**defaults, **_with_speedup(settings, "huggingface")})
+
+    @cache  # all engines of one process share the model; a process without engines loads neither it nor torch
+    def model() -> "HuggingFaceModel":
+        huggingface_folder.require_packages()
+        from kvmesh.engines import huggingface_model  # noqa: PLC0415  # imports torch
+
+        return huggingface_model.load_model(folder, dtype=options.dtype, device=options.device, threads=options.threads)
+
+    def build(node: str, *, index: int = 0, allocate: Allocate = allocate_here) -> Engine:
+        loaded = model()
+        from kvmesh.engines import huggingface  # noqa: PLC0415  # imports torch
+
+        return huggingface.HuggingFaceEngine(loaded, options, allocate=allocate)
+
+    return EnginePlan(
+        model_name=settings.model_name or folder.resolve().name,
+        tokenizer=tokenizer,
+        min_uncached_tokens=1 if weights_bytes < _TINY_BYTES else 256,
+        build=build,
     )
 
 
@@ -222,12 +256,16 @@ def _api_key(variable: str) -> str | None:
 
 _TINY_PARAMETERS = 50_000_000
 """A prefill of a model below this costs less than the handoff of its KV: it goes remote to be seen, not to save."""
+_TINY_BYTES = 2 * _TINY_PARAMETERS
+_OF_SPEAKS = {"block_size": "4"}
+"""So that a prompt of five tokens has a full block to move."""
 _OF_A_REAL_MODEL = frozenset({"eos_token_ids", "max_context_tokens"})
 """What a tokenizer's folder says that the model's own configuration may not."""
 _PLANNERS: Mapping[str, Callable[[EngineSettings], EnginePlan]] = {
     "echo": _plan_echo,
     "simulated": _plan_simulated,
     "numpy_llama": _plan_numpy_llama,
+    "huggingface": _plan_huggingface,
     "openai_upstream": _plan_openai_upstream,
     "tensorrt_llm": _plan_tensorrt_llm,
 }

@@ -1,19 +1,22 @@
 """The gateway: the frontend's gRPC and HTTP doors, and behind them the processor and the router, here or elsewhere."""
 
 import asyncio
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from kvmesh import telemetry
 from kvmesh.core.roster import WorkerRole
 from kvmesh.core.waits import Waits
 from kvmesh.discovery.discovery import Discovery
-from kvmesh.gateway.app import create_app
+from kvmesh.gateway.app import HttpApp, create_app
 from kvmesh.gateway.server import HttpServer
+from kvmesh.runtime.component_routes import ComponentRoutes
 from kvmesh.runtime.processor_role import ProcessorPart, Tokenizers
 from kvmesh.runtime.role import Listen, Service, stop_all
 from kvmesh.runtime.router_role import RouterPart
 from kvmesh.runtime.server import GrpcServer
 from kvmesh.services.channels import Channels
+from kvmesh.services.components import Components
 from kvmesh.services.forwarded import ForwardedService
 from kvmesh.services.frontend import Frontend
 from kvmesh.services.local_router import LocalRouter
@@ -26,6 +29,8 @@ from kvmesh.services.topology import TopologyView
 from kvmesh.services.totals_views import LocalTotals, RemoteTotals
 from kvmesh.services.worker_control import ForwardedWorkerControl
 from kvmesh.v1 import (
+    components_pb2,
+    components_pb2_grpc,
     frontend_pb2,
     frontend_pb2_grpc,
     prefill_queue_pb2,
@@ -65,6 +70,7 @@ class GatewayRole:
         tokenizers: Tokenizers | None,
         doors: Doors,
         waits: Waits,
+        merge_within_s: float,
     ) -> None:
         """Process requests here with `tokenizers`, or at the processors of discovery where that is None.
 
@@ -83,7 +89,12 @@ class GatewayRole:
             self._generator = RemoteProcessor(peers=self._peers, channels=self._channels, waits=waits)
         else:
             self._part = ProcessorPart(
-                router=router, peers=self._peers, channels=self._channels, tokenizers=tokenizers, waits=waits
+                router=router,
+                peers=self._peers,
+                channels=self._channels,
+                tokenizers=tokenizers,
+                waits=waits,
+                merge_within_s=merge_within_s,
             )
             self._generator = self._part.processor
         self._topology = TopologyView(
@@ -103,10 +114,15 @@ class GatewayRole:
         self._frontend = Frontend(
             generator=self._generator, topology=self._topology.refreshed, request_timeout_s=waits.request_s
         )
+        self._components = Components(self._peers, namespace=namespace)
         self._server = GrpcServer(client_write_s=waits.client_write_s)
         self._services = self._build_services()
         for service in self._services:
             self._server.add(*service)
+        self._http_app = self._build_http_app()
+        self._component_routes = ComponentRoutes(
+            peers=self._peers, channels=self._channels, rest=self._http_app.rest, server=self._server
+        )
         self._http: HttpServer | None = None
 
     @property
@@ -142,10 +158,12 @@ class GatewayRole:
         if self._router is not None:
             self._router.start()
         self._generator.start()
-        self._http = HttpServer(self._app(), host=doors.http.host, port=doors.http.port)
+        self._http = HttpServer(self._http_app, host=doors.http.host, port=doors.http.port)
         await self._http.start()
         await self._server.start(doors.grpc.host, doors.grpc.port, flag=doors.grpc_flag)
         self._topology.start()
+        self._component_routes.start()
+        self._components.start()
 
     def topology(self) -> frontend_pb2.Topology:
         """Return the mesh as it is known now."""
@@ -154,6 +172,10 @@ class GatewayRole:
     async def refreshed_topology(self) -> frontend_pb2.Topology:
         """Return the mesh as it is now."""
         return await self._topology.refreshed()
+
+    async def wait_routed(self, full_names: Iterable[str]) -> None:
+        """Wait until these services of components are served at the doors; not bounded here."""
+        await self._component_routes.wait_routed(full_names)
 
     async def wait_ready(self) -> None:
         """Wait until a request could be served."""
@@ -170,7 +192,7 @@ class GatewayRole:
 
     async def stop(self) -> None:
         """Take nothing new, let running requests end within the drain's bound, close the doors and what they used."""
-        ends = [self._drain, self._close_http, self._close_grpc, self._topology.aclose]
+        ends = [self._drain, self._close_http, self._close_grpc, self._topology.aclose, self._component_routes.aclose]
         ends.append(self._part.aclose if self._part is not None else self._generator.aclose)
         if self._router is not None:
             ends.append(self._router.aclose)
@@ -180,6 +202,7 @@ class GatewayRole:
         self._server.health.drain()
         await self._generator.drain(self._waits.drain_s)
         self._frontend.close()
+        await self._components.aclose()
         if self._router is not None:
             self._router.close_streams()
 
@@ -200,6 +223,11 @@ class GatewayRole:
                 frontend_pb2.DESCRIPTOR.services_by_name["Frontend"],
                 frontend_pb2_grpc.add_FrontendServicer_to_server,
             ),
+            Service(
+                self._components,
+                components_pb2.DESCRIPTOR.services_by_name["Components"],
+                components_pb2_grpc.add_ComponentsServicer_to_server,
+            ),
             *((self._part.service,) if self._part is not None else ()),
             self._router.service if self._router is not None else self._forwarded_router(),
             Service(
@@ -217,7 +245,7 @@ class GatewayRole:
             router_pb2_grpc.add_RouterServicer_to_server,
         )
 
-    def _app(self) -> object:
+    def _build_http_app(self) -> HttpApp:
         queue = prefill_queue_pb2.DESCRIPTOR.services_by_name["PrefillQueue"]
         return create_app(
             services=[

@@ -41,7 +41,9 @@ class Mesh:
         make.check()
         mesh, listen, node = settings.mesh, Listen(), settings.mesh.node_name(0)
         self._gateway = make.gateway(node=node, index=0)
-        self._others: list[Role] = [make.queue(node=node, index=0, listen=listen)]
+        self._others: list[Role] = []
+        if settings.remote_prefill.mode == "queue":
+            self._others.append(make.queue(node=node, index=0, listen=listen))
         if mesh.router == "separate":
             self._others.append(make.router(node=node, index=0, listen=listen))
         if mesh.processor == "separate":
@@ -72,7 +74,7 @@ class Mesh:
 
     @property
     def others(self) -> tuple[Role, ...]:
-        """The queue, and the router and the processor where they are separate."""
+        """The queue where there is one, and the router and the processor where they are separate."""
         return tuple(self._others)
 
     @property

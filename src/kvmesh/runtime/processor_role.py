@@ -30,7 +30,14 @@ class ProcessorPart:
     """A processor, its routing and its service."""
 
     def __init__(
-        self, *, router: RouterPart | None, peers: Peers, channels: Channels, tokenizers: Tokenizers, waits: Waits
+        self,
+        *,
+        router: RouterPart | None,
+        peers: Peers,
+        channels: Channels,
+        tokenizers: Tokenizers,
+        waits: Waits,
+        merge_within_s: float,
     ) -> None:
         """Book with `router`, or with the one that `peers` names where that is None."""
         self._waits = waits
@@ -38,7 +45,12 @@ class ProcessorPart:
         self.processor = Processor(
             router=InProcessRouting(router.router) if router is not None else _present(self._remote_router),
             peers=peers,
-            exchanges=ExchangePool(processor_id=f"processor-{secrets.token_hex(8)}", channels=channels, waits=waits),
+            exchanges=ExchangePool(
+                processor_id=f"processor-{secrets.token_hex(8)}",
+                channels=channels,
+                waits=waits,
+                merge_within_s=merge_within_s,
+            ),
             tokenizers=tokenizers,
             waits=waits,
         )
@@ -78,6 +90,7 @@ class ProcessorRole:
         router: RouterPart | None,
         tokenizers: Tokenizers,
         waits: Waits,
+        merge_within_s: float,
         namespace: str,
         discovery: Discovery,
         listen: Listen,
@@ -92,7 +105,12 @@ class ProcessorRole:
         self._channels = Channels()
         self._peers = Peers(discovery, namespace=namespace)
         self._part = ProcessorPart(
-            router=router, peers=self._peers, channels=self._channels, tokenizers=tokenizers, waits=waits
+            router=router,
+            peers=self._peers,
+            channels=self._channels,
+            tokenizers=tokenizers,
+            waits=waits,
+            merge_within_s=merge_within_s,
         )
         self._server = GrpcServer(client_write_s=waits.client_write_s)
         self._server.add(*self._part.service)

@@ -34,10 +34,12 @@ class Listen:
     """0 = any free one."""
     advertise: str = ""
     """Host by which others reach it; "" = `host`."""
+    advertise_port: int = 0
+    """Port by which others reach it; 0 = the one it binds."""
 
     def address(self, bound_port: int) -> str:
         """Return HOST:PORT as others are told."""
-        return host_port(self.advertise or self.host, bound_port)
+        return host_port(self.advertise or self.host, self.advertise_port or bound_port)
 
 
 class Role(Protocol):

@@ -15,13 +15,14 @@ from typing import Any, TypeVar
 import grpc
 from google.protobuf.descriptor import ServiceDescriptor
 from grpc_health.v1 import health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from kvmesh import telemetry
 from kvmesh.core.waits import Waits
 from kvmesh.runtime import health
 from kvmesh.runtime.health import Health
 from kvmesh.runtime.interceptors import CallInterceptor
+from kvmesh.runtime.reflection import Reflection
 from kvmesh.services.channels import MAX_MESSAGE_BYTES, PortTakenError, host_port
 
 CLEANUP_S = 2.0
@@ -53,10 +54,15 @@ class GrpcServer:
         """`client_write_s` bounds each write of a stream to a client that does not read."""
         self.health = Health()
         """What grpc.health.v1 says; the services of `add` come up with `start`, others may be set by name."""
+        self.reflection = Reflection()
+        """What reflection lists; the services of `add` are in it, others may be added."""
+        for name in (health.SERVICE_NAME, reflection.SERVICE_NAME):
+            self.reflection.add(name)
         self._calls = CallInterceptor(
             endless=(health.SERVICE_NAME, reflection.SERVICE_NAME), client_write_s=client_write_s
         )
         self._services: dict[str, Callable[[grpc.aio.Server], None]] = {}
+        self._more: list[grpc.GenericRpcHandler] = []
         self._ready_at_start: list[str] = [""]
         self._server: grpc.aio.Server | None = None
         self._address = ""
@@ -92,9 +98,16 @@ class GrpcServer:
         if name in self._services:
             raise ValueError(f"{name} was added already")
         self._services[name] = lambda server: add_to_server(servicer, server)
+        self.reflection.add(name, None if isinstance(service, str) else service.file.pool)
         self.health.set_serving(name, False)
         if serving:
             self._ready_at_start.append(name)
+
+    def add_handlers(self, handlers: grpc.GenericRpcHandler) -> None:
+        """Have calls that no service takes go to `handlers`, asked call by call. Raises: RuntimeError after `start`."""
+        if self._server is not None:
+            raise RuntimeError("the handlers came too late: the server is running")
+        self._more.append(handlers)
 
     async def start(self, host: str, port: int, *, flag: str = "--grpc-port") -> int:
         """Listen on `host` (port 0 = any free one) and return the port; `flag` is the option that chooses it.
@@ -109,7 +122,8 @@ class GrpcServer:
         for add_to in self._services.values():
             add_to(server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
-        reflection.enable_server_reflection((*self._services, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        server.add_generic_rpc_handlers(tuple(self._more))
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(self.reflection, server)
         try:
             bound = server.add_insecure_port(host_port(host, port))
         except RuntimeError as exc:  # the check above passed: the port went in between

@@ -37,7 +37,10 @@ class MeshSettings(Section):
     node_names: Annotated[list[str], NoDecode] = Field(default_factory=list)
     """Names that the workers take round robin, decode workers first; empty = NODE1, NODE2, ..., one per worker."""
 
-    @field_validator("node_names", mode="before")
+    node_labels: Annotated[list[str], NoDecode] = Field(default_factory=list)
+    """Labels of the workers of a node, for routing: `NODE:KEY=VALUE`, one by one."""
+
+    @field_validator("node_names", "node_labels", mode="before")
     @classmethod
     def _split_at_commas(cls, value: object) -> object:
         return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
@@ -50,6 +53,20 @@ class MeshSettings(Section):
                 raise ValueError(f"{name!r} cannot name a node: one or more printable characters, and no '/'")
         return names
 
+    @field_validator("node_labels")
+    @classmethod
+    def _refuse_malformed_labels(cls, labels: list[str]) -> list[str]:
+        for label in labels:
+            node, _, pair = label.partition(":")
+            if not node or "=" not in pair.lstrip("="):
+                raise ValueError(f"{label!r} is not NODE:KEY=VALUE, e.g. NODE1:zone=a")
+        return labels
+
+    def labels_of(self, node: str) -> dict[str, str]:
+        """Return the labels of the workers of a node."""
+        pairs = [label.partition(":")[2] for label in self.node_labels if label.partition(":")[0] == node]
+        return {key: value for key, _, value in (pair.partition("=") for pair in pairs)}
+
     def node_name(self, worker_index: int) -> str:
         """Return the node of the worker with this index from 0: decode workers come first, then prefill workers."""
         return self.node_names[worker_index % len(self.node_names)] if self.node_names else f"NODE{worker_index + 1}"
@@ -58,14 +75,14 @@ class MeshSettings(Section):
 class EngineSettings(Section):
     """What runs inside each worker."""
 
-    name: str = Field(default="echo", min_length=1)
+    name: str = Field(default="numpy_llama", min_length=1)
     """Name of the engine, as the composition root registers it, e.g. "echo" or "simulated"."""
     options: dict[str, str] = Field(default_factory=dict)
     """The engine's own options; it checks them itself."""
     speedup: float | None = Field(default=None, ge=0, le=1_000_000)
     """Divides the modelled time of a simulated engine; 0 = as fast as it can; None = the engine's default."""
     model: Path | None = None
-    """Folder of the model or tokenizer; None = none."""
+    """Folder of the model or tokenizer; None = the small model that kvmesh brings for numpy_llama, else none."""
     model_name: str | None = Field(default=None, min_length=1)
     """Name under which the model is served; None = the engine's default."""
 
@@ -103,6 +120,20 @@ class RemotePrefillSettings(Section):
     """Local while more tasks than this are queued."""
     required: bool = False
     """True: a failed remote prefill fails the request (PREFILL_FAILED) instead of running locally."""
+    mode: Literal["queue", "direct"] = "queue"
+    """queue = prefill workers pull tasks from the prefill queue; direct = decode workers choose one and ask it."""
+    max_direct_tasks: int = Field(default=32, ge=1, le=10_000)
+    """Tasks that a prefill worker runs for those who ask it directly; it refuses more, and another one is asked."""
+    checksums: bool = False
+    """True: lent blocks carry checksums, and what arrives with another one is dropped and computed locally."""
+
+
+class OutputSettings(Section):
+    """How output travels from the workers to the clients."""
+
+    merge_s: float = Field(default=0.025, ge=0, le=1)
+    """How long a worker with eight requests or more of one processor may hold output of a request that streams
+    already, so that several steps share a frame and a socket write; each token stays an event. 0 = never."""
 
 
 class HttpSettings(Section):
@@ -159,16 +190,21 @@ class ProcessSettings(Section):
     """gRPC port to bind; 0 = any free one."""
     advertise: str = ""
     """Host by which others reach this process; "" = the one it binds, or the host's name where it binds all."""
+    advertise_port: Port = 0
+    """Port by which others reach this process; 0 = the one it binds."""
     node: str = ""
     """The node's name in the ids of what runs here; "" = the host's name."""
     index: int = Field(default=0, ge=0, le=1_000_000)
     """Number among those of the same role on the same node."""
-    transports: Annotated[tuple[Literal["nixl", "shared_memory", "tcp"], ...], NoDecode, Field(min_length=1)] = (
+    transports: Annotated[
+        tuple[Literal["memory", "nixl", "shared_memory", "tcp"], ...], NoDecode, Field(min_length=1)
+    ] = (
+        "nixl",
         "shared_memory",
         "tcp",
     )
-    """By what workers move KV between processes, best first; what this host cannot run is left out. `nixl` beside
-    `shared_memory` takes its place, because their pools differ."""
+    """By what workers move KV, best first; what this host cannot run is left out. `nixl` beside `shared_memory` takes
+    its place, because their pools differ; `memory` is for workers of one process, and nothing to others."""
     metrics_port: Port = 0
     """Port of /metrics, for every role but the frontend, which has it at its HTTP door; 0 = any free one."""
 
@@ -213,6 +249,7 @@ class Settings(BaseSettings):
     queue: QueueSettings = QueueSettings()
     remote_prefill: RemotePrefillSettings = RemotePrefillSettings()
     waits: Waits = Waits()
+    output: OutputSettings = OutputSettings()
     http: HttpSettings = HttpSettings()
     grpc: GrpcSettings = GrpcSettings()
     discovery: DiscoverySettings = DiscoverySettings()

@@ -20,7 +20,6 @@ log = telemetry.logger(__name__)
 _BACKOFF_BASE_S = 0.2
 _BACKOFF_CAP_S = 10.0
 _STEADY_S = 30.0
-"""A child that lived this long starts its backoff anew."""
 _KILL_GRACE_S = 5.0
 """What a child gets beyond its own bound before it is killed."""
 _LINE_BYTES = 1 << 20
@@ -61,9 +60,10 @@ class Child:
 class Supervisor:
     """Runs children until `stop`."""
 
-    def __init__(self, *, stop_s: float) -> None:
-        """Give each child `stop_s` to end once asked to."""
+    def __init__(self, *, stop_s: float, steady_s: float = _STEADY_S) -> None:
+        """Give each child `stop_s` to end once asked to; one that lived for `steady_s` starts its backoff anew."""
         self._stop_s = stop_s
+        self._steady_s = steady_s
         self._children: dict[str, Child] = {}
         self._stopping: set[str] = set()
         self._tasks = OwnedTasks()
@@ -109,7 +109,7 @@ class Supervisor:
                 await self._run(child)
                 if child.spec.name in self._stopping:
                     return
-                failures = 1 if loop.time() - began > _STEADY_S else failures + 1
+                failures = 1 if loop.time() - began > self._steady_s else failures + 1
                 wait_s = min(_BACKOFF_BASE_S * 2 ** (failures - 1), _BACKOFF_CAP_S)
                 log.warning("process.died", process=child.spec.name, exit=child.last_exit, restart_in_s=wait_s)
                 await asyncio.sleep(wait_s)

@@ -21,6 +21,7 @@ log = telemetry.logger(__name__)
 
 KINDS = ("nixl", "shared_memory", "tcp")
 """Between processes, best first."""
+WITHIN_A_PROCESS = "memory"
 
 
 class WorkerMemory(NamedTuple):
@@ -35,38 +36,35 @@ class WorkerMemory(NamedTuple):
 def open_transports(
     *,
     network: MemoryNetwork | None,
-    host: str | None,
+    host: str,
     advertised_host: str | None = None,
     shared_directory: Path = SHARED_DIRECTORY,
     kinds: Sequence[str] = KINDS,
 ) -> WorkerMemory:
     """Open the transports of one worker; nothing is served yet.
 
-    `network`: of the workers of this process; None: its workers never pull from each other.
-    `host`: where the worker listens, for pullers of other processes; None: there are none.
-    `kinds`: those of KINDS to have for other processes, best first; what this host cannot run is left out.
+    `network`: of the workers of this process, for `memory`; None: there is only one.
+    `host`: where the worker listens.
+    `kinds`: those of KINDS to have, or `memory`, best first; what this host cannot run is left out.
 
     Raises: FixRequestError(INVALID_FIELD) for a kind that is none, or a wildcard `host` without an `advertised_host`.
     """
-    transports: list[Transport] = []
-    if network is not None:
-        transports.append(MemoryTransport(network))
-    for kind in kinds if host is not None else ():
-        transports += _opened(kind, _opener(kind, host or "", advertised_host, shared_directory))
-    return WorkerMemory(tuple(transports), allocator(transports))
-
-
-def _opener(kind: str, host: str, advertised_host: str | None, shared_directory: Path) -> Callable[[], Transport]:
     openers: dict[str, Callable[[], Transport]] = {
         "nixl": lambda: NixlTransport(host),
         "shared_memory": lambda: SharedMemoryTransport(shared_directory),
         "tcp": lambda: TcpTransport(host, advertised_host=advertised_host),
     }
-    if kind not in openers:
-        raise FixRequestError(
-            Reason.INVALID_FIELD, f"{kind!r} is no transport: there are {', '.join(KINDS)}", field="transports"
-        )
-    return openers[kind]
+    if network is not None:
+        openers[WITHIN_A_PROCESS] = lambda: MemoryTransport(network)
+    transports: list[Transport] = []
+    for kind in kinds:
+        if kind in openers:
+            transports += _opened(kind, openers[kind])
+        elif kind != WITHIN_A_PROCESS:
+            raise FixRequestError(
+                Reason.INVALID_FIELD, f"{kind!r} is no transport: there are {', '.join(KINDS)}", field="transports"
+            )
+    return WorkerMemory(tuple(transports), allocator(transports))
 
 
 def _opened(name: str, open_one: Callable[[], Transport]) -> list[Transport]:
@@ -77,7 +75,7 @@ def _opened(name: str, open_one: Callable[[], Transport]) -> list[Transport]:
     try:
         return [open_one()]
     except TryElsewhereError as error:
-        log.warning("transport.left_out", transport=name, error=error.message)
+        log.info("transport.left_out", transport=name, error=error.message)
         return []
 
 

@@ -6,7 +6,7 @@ stop:   deregister -> drain -> end the streams -> close the server, then the eng
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -21,9 +21,12 @@ from kvmesh.runtime.server import GrpcServer
 from kvmesh.services.channels import Channels
 from kvmesh.services.engine_driver import EngineDriver
 from kvmesh.services.identity import WorkerIdentity, new_epoch
+from kvmesh.services.kv_plane import KvPlane
 from kvmesh.services.kv_transfer import KvTransfer, LentPins
 from kvmesh.services.owned_tasks import OwnedTasks
 from kvmesh.services.peers import Peers
+from kvmesh.services.readiness import Part, Readiness
+from kvmesh.services.warm_ups import WarmUps
 from kvmesh.services.worker_control import WorkerControl
 from kvmesh.services.worker_events import LoadView, RankView, WorkerEvents
 from kvmesh.services.worker_transports import WorkerTransports
@@ -87,6 +90,8 @@ class WorkerParts:
     peers: Peers
     channels: Channels
     transports: WorkerTransports
+    readiness: Readiness
+    kv_plane: KvPlane
     models: tuple[str, ...]
     waits: Waits
 
@@ -107,8 +112,10 @@ class Worker:
         waits: Waits,
         build: Callable[[WorkerParts], Work],
         listen: Listen,
+        labels: Mapping[str, str] | None = None,
     ) -> None:
         """Own `engine` and `transports`, best first, from now on; `build` makes the role's work."""
+        self._labels = dict(labels or {})
         self.identity = WorkerIdentity(worker_id, new_epoch())
         self._role = role
         self._namespace = namespace
@@ -128,21 +135,33 @@ class Worker:
             block_size=max(info.block_size, 1),
             load_source=self._load_view,
         )
-        channels = Channels()
+        channels, peers = Channels(), Peers(discovery, namespace=namespace)
+        sources = WorkerRole.PREFILL if role is WorkerRole.DECODE else WorkerRole.DECODE
+        readiness = Readiness(worker_id=worker_id)
         self._parts = WorkerParts(
             identity=self.identity,
             driver=driver,
             events=events,
             pins=LentPins(driver, pin_ttl_s=waits.pin_s),
-            peers=Peers(discovery, namespace=namespace),
+            peers=peers,
             channels=channels,
             transports=WorkerTransports(transports),
+            readiness=readiness,
+            kv_plane=KvPlane(peers=peers, sources=sources, readiness=readiness),
             models=models,
+            waits=waits,
+        )
+        self._warm_ups = WarmUps(
+            peers=self._parts.peers,
+            sources=sources,
+            transports=self._parts.transports,
             waits=waits,
         )
         self._work = build(self._parts)
         self._server = GrpcServer(client_write_s=waits.client_write_s)
-        for service in (*self._work.services(), *self._own_services()):
+        for service in self._work.services():
+            self._server.add(*service, serving=False)  # until it works, and has what it needs
+        for service in self._own_services():
             self._server.add(*service)
 
     @property
@@ -171,9 +190,13 @@ class Worker:
         memory = await parts.driver.call(lambda engine: engine.kv_memory())
         if memory is not None:
             await parts.transports.serve(self.identity.agent_name, memory)
+            self._warm_ups.start(memory)
+        parts.kv_plane.start(unserved=self._unserved() if memory is not None else "")
         parts.peers.start()
         self._registration = await self._discovery.register(self._record())
         self._work.start()
+        parts.readiness.on_change = self._set_serving
+        self._set_serving(parts.readiness.is_ready)
         log.info("worker.started", worker_id=self.identity.worker_id, address=self.identity.address)
 
     async def wait_ready(self) -> None:
@@ -208,10 +231,13 @@ class Worker:
         parts.events.close()
         await self._work.aclose()
         await self._server.drain_and_stop(_STREAMS_END_S)
+        await self._warm_ups.aclose()
+        await parts.kv_plane.aclose()
         await parts.peers.aclose()
         parts.pins.close()
         await parts.driver.aclose()
         await asyncio.gather(parts.transports.aclose(), parts.channels.aclose())
+        parts.readiness.close()
 
     async def describe(self) -> worker_control_pb2.GetInfoResponse:
         """Return what the worker is and does."""
@@ -246,7 +272,8 @@ class Worker:
         loop = asyncio.get_running_loop()
         until = loop.time() + timeout_s
         counts = await self._work.drain(timeout_s)
-        await self._parts.pins.wait_none(min(max(until - loop.time(), 0.0), self._waits.kv_transfer_s))
+        if not await self._parts.pins.wait_none(min(max(until - loop.time(), 0.0), self._waits.kv_transfer_s)):
+            telemetry.WAIT_ENDED.labels(wait="kv_transfer_s").inc()
         return counts
 
     def _on_crash(self) -> None:
@@ -286,6 +313,7 @@ class Worker:
             block_size=max(info.block_size, 1),
             total_blocks=info.total_blocks,
             max_requests=info.max_sequences,
+            labels=self._labels,
             accepts=frozenset(form.value for form in info.accepts),
             address=self.identity.address,
             metadata={
@@ -315,9 +343,17 @@ class Worker:
         self._out_of_service = now
         if bool(before) == bool(now):
             return
-        for service in self._work.services():
-            self._server.health.set_serving(service.descriptor.full_name, not now)
+        self._parts.readiness.set_lack(Part.ENGINE, now)
         if now:
             log.warning("worker.out_of_service", worker_id=self.identity.worker_id, detail=now)
         else:
             log.info("worker.in_service", worker_id=self.identity.worker_id)
+
+    def _set_serving(self, serving: bool) -> None:
+        for service in self._work.services():
+            self._server.health.set_serving(service.descriptor.full_name, serving)
+
+    def _unserved(self) -> str:
+        """Return why nobody can pull from this worker, where its work is to be pulled from."""
+        is_source = self._role is WorkerRole.PREFILL and not self._parts.transports.served_reaches
+        return "no transport can serve its blocks" if is_source else ""

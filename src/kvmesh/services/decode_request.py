@@ -27,6 +27,7 @@ def to_engine_request(request: decode_worker_pb2.DecodeRequest, info: EngineInfo
     key = attempt_key(request.request_id, request.attempt)
     check_sampling(request.sampling)
     sampling = _to_sampling(request.sampling)
+    _check_served(sampling, info)
     if request.WhichOneof("input") == "text":
         return _text_request(key, request.text, info, sampling)
     return _token_request(key, request, info, sampling)
@@ -48,7 +49,17 @@ def _to_sampling(sampling: generation_pb2.SamplingParams) -> Sampling:
         top_k=sampling.top_k,
         seed=sampling.seed if sampling.HasField("seed") else None,
         ignore_eos=sampling.ignore_eos,
+        logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
+        response_format=sampling.response_format,
     )
+
+
+def _check_served(sampling: Sampling, info: EngineInfo) -> None:
+    """Refuse by name what this worker's engine would not do: an answer without it would look as if it had been done."""
+    if sampling.logprobs is not None and not info.has_logprobs:
+        raise invalid("sampling.logprobs", f"not supported: the engine {info.name} knows none; leave it out")
+    if sampling.response_format and not info.keeps_formats:
+        raise invalid("sampling.response_format", f"not supported: the engine {info.name} keeps to none; leave it out")
 
 
 def _text_request(

@@ -11,9 +11,10 @@ from kvmesh.core.errors import MeshError, OutOfTimeError, Reason
 from kvmesh.services.decode_requests import DecodeRequests
 from kvmesh.services.exchange import Exchange
 from kvmesh.v1 import decode_worker_pb2, decode_worker_pb2_grpc, generation_pb2
-from kvmesh.wire.validation import invalid
+from kvmesh.wire.validation import invalid, seconds
 
 _Response = decode_worker_pb2.DecodeWorkerGenerateResponse
+_LONGEST_MERGE_S = 1.0
 
 
 class _CallSink:
@@ -24,6 +25,8 @@ class _CallSink:
         self.ready = asyncio.Event()
         self.is_over = False
         """The worker owns the request no more: its key may be another request's by now."""
+        self._logprobs: list[generation_pb2.TokenLogprobs] = []
+        """Of the output that comes next."""
 
     def accepted(self, load_sequence: int) -> None:
         self._put(_Response(accepted=decode_worker_pb2.Accepted(load_sequence=load_sequence)))
@@ -34,13 +37,19 @@ class _CallSink:
     def computed(self, usage: generation_pb2.Usage) -> None:
         pass  # its usage comes with `finished`
 
+    def likely(self, logprobs: list[generation_pb2.TokenLogprobs]) -> None:
+        self._logprobs = logprobs
+
     def produced(self, token_ids: tuple[int, ...], words: tuple[str, ...]) -> None:
+        logprobs, self._logprobs = self._logprobs, []
         last = self.events[-1] if self.events else None
         if isinstance(last, _Response) and last.HasField("chunk"):
             last.chunk.token_ids.extend(token_ids)
+            last.chunk.logprobs.extend(logprobs)
             last.chunk.text += "".join(words)
         else:
-            self._put(_Response(chunk=generation_pb2.Chunk(token_ids=token_ids, text="".join(words))))
+            chunk = generation_pb2.Chunk(token_ids=token_ids, text="".join(words), logprobs=logprobs)
+            self._put(_Response(chunk=chunk))
 
     def finished(self, finished: generation_pb2.Finished) -> None:
         self.is_over = True
@@ -110,7 +119,8 @@ class DecodeWorker(decode_worker_pb2_grpc.DecodeWorkerServicer):
         older = self._exchanges.get(processor_id)
         if older is not None:
             older.supersede()
-        exchange = Exchange(self._requests, write_timeout_s=self._write_timeout_s)
+        merge_within_s = seconds(first.open.merge_within, path="open.merge_within", high=_LONGEST_MERGE_S)
+        exchange = Exchange(self._requests, write_timeout_s=self._write_timeout_s, merge_within_s=merge_within_s)
         self._exchanges[processor_id] = exchange
         try:
             await exchange.run(request_iterator, context)

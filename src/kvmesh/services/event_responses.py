@@ -26,4 +26,4 @@ def processor_response_of(event: Event) -> processor_pb2.ProcessorGenerateRespon
 
 
 def _chunk_of(delta: Delta) -> generation_pb2.Chunk:
-    return generation_pb2.Chunk(text="".join(delta.pieces), token_ids=delta.token_ids)
+    return generation_pb2.Chunk(text="".join(delta.pieces), token_ids=delta.token_ids, logprobs=delta.logprobs)

@@ -1,11 +1,12 @@
-"""The worker's end of DecodeWorker.Exchange: many requests on one stream, one frame per engine step.
+"""The worker's end of DecodeWorker.Exchange: many requests on one stream, at most one frame per engine step.
 
-At most one frame is unsent: while a write is under way, what further steps produce merges into the next one.
+At most one frame is unsent: while a write is under way, what further steps produce merges into the next one. Where the
+processor allows it, and many requests run, output of those that stream already waits a little for more, because a
+frame, and the write to a client that follows it, cost the same for one token as for three.
 """
 
 import asyncio
 from collections.abc import AsyncIterator
-from itertools import chain
 from typing import Any
 
 import grpc
@@ -14,6 +15,7 @@ from kvmesh import telemetry
 from kvmesh.core.errors import MeshError, OutOfTimeError, Reason
 from kvmesh.core.ids import AttemptKey
 from kvmesh.services.decode_requests import DecodeRequests
+from kvmesh.services.pending_output import PendingOutput
 from kvmesh.v1 import decode_worker_pb2, generation_pb2
 from kvmesh.wire.error_catalog import to_status
 from kvmesh.wire.validation import invalid
@@ -23,16 +25,21 @@ log = telemetry.logger(__name__)
 _BEGUN_WITHIN_S = 0.005
 """How long the word that a request has begun waits for a frame to travel in: alone it would double the frames."""
 
+_MERGE_FROM_REQUESTS = 8
+"""Requests on an exchange from which on output may wait: below, nobody is short of CPU, and latency is what counts."""
+
 
 class _StreamSink:
     """Puts the events of one request into the exchange's pending frame."""
 
-    __slots__ = ("exchange", "key", "stream_id")
+    __slots__ = ("exchange", "is_streaming", "key", "stream_id")
 
     def __init__(self, exchange: "Exchange", stream_id: int) -> None:
         self.exchange = exchange
         self.stream_id = stream_id
         self.key: AttemptKey | None = None
+        self.is_streaming = False
+        """Its first output has been sent, or is due."""
 
     def accepted(self, load_sequence: int) -> None:
         self.exchange.frame.accepted.add(stream_id=self.stream_id, load_sequence=load_sequence)
@@ -46,8 +53,12 @@ class _StreamSink:
         self.exchange.frame.prefills.add(stream_id=self.stream_id, usage=usage)
         self.exchange.ready.set()
 
+    def likely(self, logprobs: list[generation_pb2.TokenLogprobs]) -> None:
+        self.exchange.frame.logprobs.add(stream_id=self.stream_id, tokens=logprobs)
+        self.is_streaming = False  # they travel with their tokens
+
     def produced(self, token_ids: tuple[int, ...], words: tuple[str, ...]) -> None:
-        self.exchange.produced(self.stream_id, token_ids, words)
+        self.exchange.produced(self, token_ids, words)
 
     def finished(self, finished: generation_pb2.Finished) -> None:
         self.exchange.frame.finished.add(stream_id=self.stream_id, finished=finished)
@@ -61,32 +72,33 @@ class _StreamSink:
 class Exchange:
     """One open exchange. When it ends, for whatever reason, all of its requests are cancelled."""
 
-    def __init__(self, requests: DecodeRequests, *, write_timeout_s: float) -> None:
-        """Serve one processor with `requests`."""
+    def __init__(self, requests: DecodeRequests, *, write_timeout_s: float, merge_within_s: float = 0.0) -> None:
+        """Serve one processor with `requests`; output may wait for `merge_within_s`, 0 = it never does."""
         self.frame = decode_worker_pb2.ExchangeResponse()
         self.ready = asyncio.Event()
         self._requests = requests
         self._write_timeout_s = write_timeout_s
-        self._tokens: dict[int, list[tuple[int, ...]]] = {}
-        self._words: dict[int, list[tuple[str, ...]]] = {}
+        self._merge_within_s = merge_within_s
+        self._output = PendingOutput()
         self._sinks: dict[int, _StreamSink] = {}
         self._superseded = asyncio.Event()
         self._soon: asyncio.TimerHandle | None = None
         """When the pending frame goes, whatever it has by then."""
+        self._merged: asyncio.TimerHandle | None = None
+        """When output that waits for more goes."""
         self._is_last = False
         """The next frame is the last one."""
 
-    def produced(self, stream_id: int, token_ids: tuple[int, ...], words: tuple[str, ...]) -> None:
+    def produced(self, sink: _StreamSink, token_ids: tuple[int, ...], words: tuple[str, ...]) -> None:
         """Add output to the pending frame."""
-        if words:
-            self._words.setdefault(stream_id, []).append(words)
+        self._output.put(sink.stream_id, token_ids, words)
+        if sink.is_streaming and self._merge_within_s > 0 and len(self._sinks) >= _MERGE_FROM_REQUESTS:
+            if self._merged is None:
+                self._merged = asyncio.get_running_loop().call_later(self._merge_within_s, self._send_merged)
         else:
-            parts = self._tokens.get(stream_id)
-            if parts is None:
-                self._tokens[stream_id] = [token_ids]
-            else:
-                parts.append(token_ids)
-        self.ready.set()
+            sink.is_streaming = True
+            self._output.mark_due(sink.stream_id)
+            self.ready.set()
 
     def send_soon(self) -> None:
         """Send the pending frame within `_BEGUN_WITHIN_S`."""
@@ -96,6 +108,7 @@ class Exchange:
     def ended(self, stream_id: int) -> None:
         """Note that a request needs no cancelling any more."""
         self._sinks.pop(stream_id, None)
+        self._output.mark_due(stream_id)
         self.ready.set()
 
     def supersede(self) -> None:
@@ -126,7 +139,9 @@ class Exchange:
         finally:
             telemetry.EXCHANGES_OPEN.dec()
             self._cancel_all()
-            self._forget_timer()
+            for timer in (self._soon, self._merged):
+                if timer is not None:
+                    timer.cancel()
             for part in parts:
                 part.cancel()
             await asyncio.gather(*parts, return_exceptions=True)
@@ -183,25 +198,14 @@ class Exchange:
             ) from exc
         telemetry.EXCHANGE_FRAMES.inc()
 
-    def _take_frame(self) -> decode_worker_pb2.ExchangeResponse:
-        self._forget_timer()
-        frame, self.frame = self.frame, decode_worker_pb2.ExchangeResponse()
-        if self._tokens:
-            deltas, self._tokens = self._tokens, {}
-            frame.stream_ids.extend(deltas)
-            flat = [parts[0] if len(parts) == 1 else tuple(chain.from_iterable(parts)) for parts in deltas.values()]
-            frame.counts.extend(map(len, flat))
-            frame.token_ids.extend(chain.from_iterable(flat))
-        if self._words:
-            words, self._words = self._words, {}
-            frame.stream_ids.extend(words)
-            for parts in words.values():
-                own = list(chain.from_iterable(parts))
-                frame.counts.append(len(own))
-                frame.words.extend(own)
-        return frame
+    def _send_merged(self) -> None:
+        self._merged = None
+        self.ready.set()
 
-    def _forget_timer(self) -> None:
+    def _take_frame(self) -> decode_worker_pb2.ExchangeResponse:
         if self._soon is not None:
             self._soon.cancel()
             self._soon = None
+        frame, self.frame = self.frame, decode_worker_pb2.ExchangeResponse()
+        self._output.move_to(frame, only_due=self._merged is not None and not self._is_last)
+        return frame

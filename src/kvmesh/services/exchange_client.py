@@ -21,6 +21,7 @@ from kvmesh.services.owned_tasks import OwnedTasks
 from kvmesh.services.signal import Flag
 from kvmesh.v1 import decode_worker_pb2, decode_worker_pb2_grpc, generation_pb2
 from kvmesh.wire.error_catalog import from_status
+from kvmesh.wire.validation import duration
 
 log = telemetry.logger(__name__)
 
@@ -42,6 +43,7 @@ class WorkerStream:
         "finished",
         "has_output",
         "is_rejected",
+        "logprobs",
         "on_output",
         "prompt_usage",
         "stream_id",
@@ -61,6 +63,8 @@ class WorkerStream:
         self.token_ids: list[int] = []
         """Output that nobody has taken yet; `words` for workers that produce text."""
         self.words: list[str] = []
+        self.logprobs: list[generation_pb2.TokenLogprobs] = []
+        """One for each of `token_ids`, where they were asked for."""
         self.has_output = False
         """True from the first output on."""
         self.finished: generation_pb2.Finished | None = None
@@ -80,6 +84,11 @@ class WorkerStream:
     def take_token_ids(self) -> list[int]:
         """Return the tokens that arrived since the last call."""
         taken, self.token_ids = self.token_ids, []
+        return taken
+
+    def take_logprobs(self) -> list[generation_pb2.TokenLogprobs]:
+        """Return what came with the tokens that arrived since the last call."""
+        taken, self.logprobs = self.logprobs, []
         return taken
 
     def take_words(self) -> list[str]:
@@ -126,19 +135,17 @@ class ExchangeClient:
         self,
         call: Any,  # grpc.aio.StreamStreamCall: its class is generic in the stubs only
         *,
-        processor_id: str,
+        opening: decode_worker_pb2.ExchangeOpen,
         waits: Waits,
         on_end: Callable[["ExchangeClient"], None],
     ) -> None:
-        """Speak on `call` as `processor_id`; `on_end` is told once, when the exchange is of no more use."""
+        """Speak on `call`, `opening` first; `on_end` is told once, when the exchange is of no more use."""
         self._call = call
         self._waits = waits
         self._on_end = on_end
         self._streams: dict[int, WorkerStream] = {}
         self._last_id = 0
-        self._commands = [
-            decode_worker_pb2.ExchangeRequest(open=decode_worker_pb2.ExchangeOpen(processor_id=processor_id))
-        ]
+        self._commands = [decode_worker_pb2.ExchangeRequest(open=opening)]
         self._ready = asyncio.Event()
         self._ready.set()
         self._is_over = False
@@ -204,6 +211,9 @@ class ExchangeClient:
         for finished in frame.finished:  # before the output, which is then known to be the last
             if (stream := streams.get(finished.stream_id)) is not None:
                 stream.finished = finished.finished
+        for likely in frame.logprobs:  # likewise
+            if (stream := streams.get(likely.stream_id)) is not None:
+                stream.logprobs += likely.tokens
         if frame.stream_ids:
             self._apply_output(frame, asyncio.get_running_loop().time())
         for finished in frame.finished:
@@ -270,9 +280,16 @@ class ExchangeClient:
 class ExchangePool:
     """The exchanges of one processor, at most one per worker address, opened on first use."""
 
-    def __init__(self, *, processor_id: str, channels: Channels, waits: Waits) -> None:
-        """Open exchanges as `processor_id`, unique to this process: a second one would supersede the first."""
-        self._processor_id = processor_id
+    def __init__(self, *, processor_id: str, channels: Channels, waits: Waits, merge_within_s: float = 0.0) -> None:
+        """Open exchanges as `processor_id`, unique to this process: a second one would supersede the first.
+
+        Args:
+            processor_id: Who speaks.
+            channels: The way to the workers.
+            waits: The bounds.
+            merge_within_s: How long busy workers may hold output of a request that streams already; 0 = never.
+        """
+        self._opening = decode_worker_pb2.ExchangeOpen(processor_id=processor_id, merge_within=duration(merge_within_s))
         self._channels = channels
         self._waits = waits
         self._open: dict[str, ExchangeClient] = {}
@@ -295,7 +312,7 @@ class ExchangePool:
         if exchange is None:
             exchange = self._open[address] = ExchangeClient(
                 decode_worker_pb2_grpc.DecodeWorkerStub(channel).Exchange(),
-                processor_id=self._processor_id,
+                opening=self._opening,
                 waits=self._waits,
                 on_end=lambda ended: self._forget(address, ended),
             )

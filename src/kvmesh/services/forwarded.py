@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
+from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
 from grpc_status import rpc_status
 
@@ -18,6 +19,15 @@ from kvmesh.wire.error_catalog import from_rpc_error
 
 DEFAULT_TIMEOUT_S = 5.0
 """Bound of a call whose client set none."""
+_LONGEST_S = 86_400.0
+"""gRPC takes a deadline of centuries for one that has passed."""
+_C = grpc.StatusCode
+_CODES_OF_GRPC_ITSELF = frozenset(
+    {
+        _C.CANCELLED, _C.DEADLINE_EXCEEDED, _C.INTERNAL, _C.RESOURCE_EXHAUSTED, _C.UNAVAILABLE, _C.UNIMPLEMENTED,
+        _C.UNKNOWN,
+    }
+)  # fmt: skip
 
 
 class ForwardedService:
@@ -40,17 +50,19 @@ class ForwardedService:
         async def forward(request: Any, context: Any) -> Any:
             call = self._channel().unary_unary(path, type(request).SerializeToString, answer_type.FromString)
             try:
-                return await call(request, timeout=_timeout_s(context))
+                return await call(request, timeout=_timeout_s(context, DEFAULT_TIMEOUT_S), metadata=_metadata(context))
             except grpc.aio.AioRpcError as exc:
-                raise _error_of(exc) from exc
+                await _end_as_told(exc, context)
+                raise _error_of(exc, context) from exc
 
         async def forward_stream(request: Any, context: Any) -> AsyncIterator[Any]:
             open_call = self._channel().unary_stream(path, type(request).SerializeToString, answer_type.FromString)
-            call = open_call(request, timeout=context.time_remaining())
+            call = open_call(request, timeout=_timeout_s(context, None), metadata=_metadata(context))
             try:
                 async for answer in call:
                     yield answer
             except grpc.aio.AioRpcError as exc:
+                await _end_as_told(exc, context)
                 raise from_rpc_error(exc) from exc
             finally:
                 with suppress(grpc.RpcError):
@@ -68,13 +80,34 @@ class ForwardedService:
         raise NotServedError(Reason.UNIMPLEMENTED, "call the service itself: this door passes single requests on")
 
 
-def _timeout_s(context: Any) -> float:
+def _timeout_s(context: Any, default_s: float | None) -> float | None:
     remaining_s: float | None = context.time_remaining()
-    return DEFAULT_TIMEOUT_S if remaining_s is None else remaining_s
+    return default_s if remaining_s is None else min(remaining_s, _LONGEST_S)
 
 
-def _error_of(exc: grpc.aio.AioRpcError) -> MeshError:
-    """Return what the service said, or that it said nothing in time: a question is answered soon or not at all."""
-    if exc.code() is grpc.StatusCode.DEADLINE_EXCEEDED and rpc_status.from_call(exc) is None:
+def _metadata(context: Any) -> tuple[tuple[str, str | bytes], ...]:
+    """Return the caller's metadata, without what each connection says for itself."""
+    return tuple(
+        (key, value)
+        for key, value in context.invocation_metadata() or ()
+        if key != "user-agent" and not key.startswith("grpc-")
+    )
+
+
+async def _end_as_told(exc: grpc.aio.AioRpcError, context: Any) -> None:
+    """End the call with the service's own status, details and all; return where it is gRPC that failed, on the way."""
+    try:
+        status = rpc_status.from_call(exc)
+    except (ValueError, DecodeError):  # details that contradict their call, or are none
+        status = None
+    if status is not None:
+        await context.abort_with_status(rpc_status.to_status(status))
+    if exc.code() not in _CODES_OF_GRPC_ITSELF:
+        await context.abort(exc.code(), exc.details() or "")
+
+
+def _error_of(exc: grpc.aio.AioRpcError, context: Any) -> MeshError:
+    """Return how gRPC failed; where the caller set no deadline, a question that is not answered soon found nobody."""
+    if exc.code() is grpc.StatusCode.DEADLINE_EXCEEDED and context.time_remaining() is None:
         return TryElsewhereError(Reason.WORKER_LOST, exc.details() or "no answer")
     return from_rpc_error(exc)

@@ -117,6 +117,8 @@ def _check_text_request(request: frontend_pb2.GenerateTextRequest) -> None:
         raise FixRequestError(Reason.EMPTY_PROMPT, "", field="prompt")
     if len(request.request_id.encode()) > validation.MAX_CLIENT_ID_BYTES:
         raise validation.invalid("request_id", f"at most {validation.MAX_CLIENT_ID_BYTES} bytes")
+    if request.sampling.HasField("logprobs"):
+        raise validation.invalid("sampling.logprobs", "this answer has no place for them: use Frontend.Generate")
 
 
 def _watch_interval_s(request: frontend_pb2.WatchTopologyRequest) -> float:

@@ -6,7 +6,7 @@ Choosing and booking never wait for a stream. What waits, and for how long, is `
 import asyncio
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from kvmesh import telemetry
 from kvmesh.core.admission import AdmissionRules
@@ -26,6 +26,7 @@ from kvmesh.discovery.discovery import Discovery
 from kvmesh.services.admission import Admission
 from kvmesh.services.decision_log import DecisionLog
 from kvmesh.services.owned_tasks import OwnedTasks
+from kvmesh.services.recent_decisions import RecentDecisions
 from kvmesh.services.router_metrics import RouterMetrics, observe_stage
 from kvmesh.services.router_workers import RouterWorkers
 from kvmesh.wire.routing import Progress
@@ -85,6 +86,7 @@ class LocalRouter:
         )
         self._tasks = OwnedTasks()
         self._decision_log = decision_log
+        self.recent_decisions = RecentDecisions()
         self._last_reservation_id = 0
 
     def start(self) -> None:
@@ -139,7 +141,7 @@ class LocalRouter:
             self._metrics.refused(error)
             raise
         self._metrics.chosen(selection, None, is_booked=False)
-        self._log_decision(selection, None)
+        self._note_decision(selection, None)
         return selection
 
     def explain(self, query: RoutingQuery) -> Selection:
@@ -201,8 +203,8 @@ class LocalRouter:
         """Requests that wait for a worker with room."""
         return self._admission.waiting
 
-    def dump_index(self, worker_id: WorkerId | None = None) -> tuple[HeldBlock, ...]:
-        """Return every block of every rank, parents first, or those of one worker. O(blocks)."""
+    def dump_index(self, worker_id: WorkerId | None = None) -> Iterator[HeldBlock]:
+        """Return every block that every rank holds by now, parents first, or those of one worker. O(blocks)."""
         return self._core.dump_index(worker_id)
 
     def find(self, worker_id: WorkerId) -> WorkerRecord | None:
@@ -240,9 +242,10 @@ class LocalRouter:
         self._workers.predicted(reservation)
         record = self._core.record(reservation.worker.worker_id)
         self._metrics.chosen(reservation.selection, record, is_booked=True)
-        self._log_decision(reservation.selection, reservation.key)
+        self._note_decision(reservation.selection, reservation.key)
 
-    def _log_decision(self, selection: Selection, booking: AttemptKey | None) -> None:
+    def _note_decision(self, selection: Selection, booking: AttemptKey | None) -> None:
+        self.recent_decisions.put(selection, booking)
         if self._decision_log is not None:
             self._decision_log.put(
                 Decision(

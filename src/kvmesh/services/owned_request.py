@@ -6,6 +6,7 @@ from typing import Protocol
 
 from kvmesh.core.errors import MeshError, Reason
 from kvmesh.engines.engine import EngineRequest, FinishReason, Output
+from kvmesh.services.logprobs import logprobs_to_proto
 from kvmesh.services.remote_prefill import Prepared
 from kvmesh.v1 import decode_worker_pb2, generation_pb2
 
@@ -26,6 +27,9 @@ class Sink(Protocol):
 
     def computed(self, usage: generation_pb2.Usage) -> None:
         """The prompt's last token is computed; `usage` has the prompt's part."""
+
+    def likely(self, logprobs: list[generation_pb2.TokenLogprobs]) -> None:
+        """How likely the tokens of the output that comes next were; only where that was asked for."""
 
     def produced(self, token_ids: tuple[int, ...], words: tuple[str, ...]) -> None:
         """Some output."""
@@ -116,6 +120,8 @@ class OwnedRequest:
         count = len(output.token_ids) or len(output.words)
         if count:
             self.generated += count
+            if output.logprobs:
+                self.sink.likely(logprobs_to_proto(output.token_ids, output.logprobs))
             self.sink.produced(output.token_ids, output.words)
         if output.finish is not None:
             self.usage.completion_tokens = output.completion_tokens or self.generated

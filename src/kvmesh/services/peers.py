@@ -4,9 +4,10 @@ As for the router, a record that goes without a word takes nobody away while its
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import aclosing
 
+from kvmesh.core.ids import WorkerId
 from kvmesh.core.roster import Roster, RosterOutcome, WorkerRecord, WorkerRole
 from kvmesh.discovery.discovery import Deleted, Discovery, DiscoveryEvent, Put, Snapshot
 from kvmesh.services.owned_tasks import OwnedTasks
@@ -41,8 +42,17 @@ class Peers:
 
     def prefill_workers(self, model: str) -> int:
         """Count the prefill workers that take new work for `model` ("" = any)."""
+        return len(self.prefill_records(model))
+
+    def prefill_records(self, model: str) -> tuple[WorkerRecord, ...]:
+        """Return the prefill workers that take new work for `model` ("" = any)."""
         records = self.roster.of(WorkerRole.PREFILL, model) if model else self.roster.records(WorkerRole.PREFILL)
-        return sum(not record.draining for record in records)
+        return tuple(record for record in records if not record.draining)
+
+    def metadata(self, worker_id: str, epoch: int) -> Mapping[str, str]:
+        """Return what the record of a worker's epoch says beside the contract's fields; empty where none is known."""
+        record = self.roster.get(WorkerId(worker_id))
+        return record.metadata if record is not None and record.epoch == epoch else {}
 
     def queue_addresses(self) -> tuple[str, ...]:
         """Return where prefill queues are served, the longest-running one first."""

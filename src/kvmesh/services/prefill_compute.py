@@ -12,7 +12,7 @@ from kvmesh.services.engine_driver import EngineDriver
 from kvmesh.services.handoff_source import HandoffSource
 from kvmesh.services.prefix_fetch import PrefixFetch
 from kvmesh.v1 import prefill_queue_pb2
-from kvmesh.wire.layout import layout_to_wire
+from kvmesh.wire.layout import describe_layout_difference, layout_to_wire
 
 
 class _Outcome:
@@ -52,7 +52,7 @@ class PrefillCompute:
         """
         layout = self._driver.info.layout
         if layout is not None and task.HasField("layout") and task.layout != layout_to_wire(layout):
-            raise ConflictError(Reason.LAYOUT_MISMATCH, "the task wants blocks of another layout than this worker's")
+            raise ConflictError(Reason.LAYOUT_MISMATCH, describe_layout_difference(task.layout, layout_to_wire(layout)))
         request, prompt_tokens = to_prefill_request(task, self._driver.info)
         # Each lease of a task is a request of its own to the engine: an abandoned one may still be ending, and a queue
         # that was restarted counts its leases from 1 again.
@@ -68,7 +68,7 @@ class PrefillCompute:
         finally:
             if prefix is not None:
                 self._unpin(prefix.pin_id)
-        return self._hand_over(task, output, prompt_tokens=prompt_tokens, prefix_tokens=pulled_tokens)
+        return await self._hand_over(task, output, prompt_tokens=prompt_tokens, prefix_tokens=pulled_tokens)
 
     def give_back(self, result: prefill_queue_pb2.TaskCompleted) -> None:
         """Free the blocks of a result that nobody will fetch."""
@@ -91,7 +91,7 @@ class PrefillCompute:
             self._free(outcome.done.result().pin)
         self._driver.cancel(key)
 
-    def _hand_over(
+    async def _hand_over(
         self, task: prefill_queue_pb2.PrefillTask, output: Output, *, prompt_tokens: int, prefix_tokens: int
     ) -> prefill_queue_pb2.TaskCompleted:
         info, pin = self._driver.info, output.pin
@@ -116,7 +116,7 @@ class PrefillCompute:
         if len(pin.block_ids) != last_block or task.first_block > last_block:
             self._free(pin)
             raise FixRequestError(Reason.PREFILL_FAILED, f"first_block {task.first_block} of {last_block}")
-        result.handoff.CopyFrom(self._source.lend(pin, first_block=task.first_block, reaches=task.transports))
+        result.handoff.CopyFrom(await self._source.lend(pin, first_block=task.first_block, reaches=task.transports))
         self.counters["bytes_handed_over"] += result.handoff.bytes_total
         return result
 

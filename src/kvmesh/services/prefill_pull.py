@@ -17,6 +17,7 @@ from kvmesh.services.owned_tasks import OwnedTasks
 from kvmesh.services.peers import Peers
 from kvmesh.services.prefill_compute import PrefillCompute
 from kvmesh.services.queue_locator import QueueLocator
+from kvmesh.services.readiness import Part, Readiness
 from kvmesh.services.worker_transports import WorkerTransports
 from kvmesh.v1 import prefill_queue_pb2, prefill_queue_pb2_grpc
 from kvmesh.wire.error_catalog import from_rpc_error, to_status
@@ -32,6 +33,7 @@ _LEASE_WAIT_S = 10.0
 _LEASE_TOKENS = 16_384
 _MAX_TASKS = 8
 _RETRY_S = (0.05, 1.0)
+_UNATTACHED = "not attached to a prefill queue"
 _SHORTEST_TTL_S = 0.15
 """A lease near the end of its task's time is extended no more often than one of this TTL."""
 
@@ -49,9 +51,10 @@ class PrefillPull:
         peers: Peers,
         channels: Channels,
         transports: WorkerTransports,
+        readiness: Readiness,
         waits: Waits,
     ) -> None:
-        """Pull for `identity`, from `start` on."""
+        """Pull for `identity`, from `start` on; tell `readiness` whether a queue gives it tasks."""
         self.draining = False
         self._identity = identity
         self._models = models
@@ -61,6 +64,7 @@ class PrefillPull:
         self._queues = QueueLocator(peers=peers, channels=channels)
         self._channels = channels
         self._transports = transports
+        self._readiness = readiness
         self._waits = waits
         self._loop_tasks = OwnedTasks()
         self._work = OwnedTasks()
@@ -75,6 +79,7 @@ class PrefillPull:
 
     def start(self) -> None:
         """Begin to pull."""
+        self._readiness.expect(Part.QUEUE, _UNATTACHED)
         self._loop_tasks.start(self._pull(), name=f"pull-{self._identity.worker_id}")
 
     async def wait_attached(self) -> None:
@@ -88,6 +93,8 @@ class PrefillPull:
             self._leasing.cancel()  # the attachment stays: its end would requeue what runs
         running = list(self._running.values())
         left = (await asyncio.wait(running, timeout=timeout_s))[1] if running else set()
+        if left:
+            telemetry.WAIT_ENDED.labels(wait="drain_s").inc()
         await self._loop_tasks.aclose()
         await self._work.aclose()
         return len(running) - len(left), len(left)
@@ -108,8 +115,11 @@ class PrefillPull:
                 await self._serve(address)
                 delay_s = _RETRY_S[0]
             except* (grpc.aio.AioRpcError, TimeoutError) as lost:
+                _count_wait(lost.exceptions[0])
                 log.warning("queue.lost", worker_id=self._identity.worker_id, error=_one_line(lost.exceptions[0]))
                 delay_s = min(delay_s * 2, _RETRY_S[1])
+            if not self.draining:
+                self._readiness.set_lack(Part.QUEUE, _UNATTACHED)
             await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))  # jitter of a retry, no secret
 
     async def _serve(self, address: str) -> None:
@@ -130,6 +140,7 @@ class PrefillPull:
                 if await anext(heard, None) is None:
                     return  # a queue that ends the stream at once: ask again, as after any loss
             self._attached.set()
+            self._readiness.set_lack(Part.QUEUE, "")
             log.info("prefill.attached", worker_id=self._identity.worker_id)
             async with asyncio.TaskGroup() as group:
                 self._leasing = group.create_task(self._lease(stub, address))
@@ -243,6 +254,7 @@ class PrefillPull:
         except BaseException as exc:
             self._compute.give_back(result)
             if isinstance(exc, grpc.aio.AioRpcError):
+                _count_wait(exc)
                 raise from_rpc_error(exc) from exc
             raise
 
@@ -260,11 +272,19 @@ class PrefillPull:
         try:
             await stub.Fail(fail, timeout=self._waits.connect_s)
         except grpc.aio.AioRpcError as exc:
+            _count_wait(exc)
             log.warning("prefill.fail_not_told", error=_one_line(exc))  # the lease expires instead
 
 
 def _key(leased: prefill_queue_pb2.LeasedTask) -> prefill_queue_pb2.TaskKey:
     return prefill_queue_pb2.TaskKey(request_id=leased.task.request_id, attempt=leased.task.attempt)
+
+
+def _count_wait(error: BaseException) -> None:
+    """Count a queue that took too long to answer; each of its answers is waited for within `waits.connect_s`."""
+    is_late = isinstance(error, grpc.aio.AioRpcError) and error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    if is_late or isinstance(error, TimeoutError):
+        telemetry.WAIT_ENDED.labels(wait="connect_s").inc()
 
 
 def _one_line(error: BaseException) -> str:

@@ -70,6 +70,8 @@ class PrefillQueue(prefill_queue_pb2_grpc.PrefillQueueServicer):
         self._waiting = WaitingLeases()
         self._dead: deque[prefill_queue_pb2.DeadTask] = deque(maxlen=self._limits.dead_kept)
         """Newest first."""
+        self._leases_lost = 0
+        """Counted already."""
         self._timer = DeadlineTimer(self._tick)
         self._draining = False
         self._closed = False
@@ -277,6 +279,8 @@ class PrefillQueue(prefill_queue_pb2_grpc.PrefillQueueServicer):
         stats = self._core.stats()
         telemetry.QUEUE_DEPTH.set(stats.queued + stats.delayed)
         telemetry.QUEUE_LEASED.set(stats.leased)
+        telemetry.QUEUE_LEASES_LOST.inc(stats.leases_lost - self._leases_lost)
+        self._leases_lost = stats.leases_lost
         if stats.leased:
             self._none_leased.clear()
         else:

@@ -20,6 +20,7 @@ from kvmesh.core.errors import MeshError, OutOfTimeError, Reason, TryElsewhereEr
 from kvmesh.core.waits import Waits
 from kvmesh.services.channels import Channels
 from kvmesh.services.owned_tasks import OwnedTasks
+from kvmesh.services.prefills import Patience
 from kvmesh.v1 import generation_pb2, prefill_queue_pb2, prefill_queue_pb2_grpc
 from kvmesh.wire.error_catalog import from_rpc_error
 
@@ -29,33 +30,6 @@ if TYPE_CHECKING:
 log = telemetry.logger(__name__)
 
 Answer = asyncio.Future[prefill_queue_pb2.TaskCompleted]
-
-
-class Patience:
-    """How long a submitter waits: so long for a lease, anew when its task is queued again, and no longer than in all.
-
-    A lease lives while its holder extends it, so a task that is leased is being computed: a long prompt takes its time.
-    """
-
-    def __init__(self, *, lease_s: float, total_s: float) -> None:
-        """Begin to wait for a lease."""
-        now = asyncio.get_running_loop().time()
-        self._lease_s = lease_s
-        self.end = now + max(total_s, 0.0)
-        """When it ends at the latest."""
-        self.is_leased = False
-        self.due = min(now + lease_s, self.end)
-        """When the wait ends, on the loop's clock, as things stand."""
-
-    def leased(self) -> None:
-        """Wait on, as the task is being computed."""
-        self.is_leased, self.due = True, self.end
-
-    def queued(self) -> None:
-        """Wait for a lease again, if there was one."""
-        if self.is_leased:
-            self.is_leased = False
-            self.due = min(asyncio.get_running_loop().time() + self._lease_s, self.end)
 
 
 class PrefillSubmissions:

@@ -18,6 +18,7 @@ from kvmesh.core.ids import RequestId, WorkerId
 from kvmesh.core.roster import WorkerRecord, WorkerRole
 from kvmesh.core.waits import Waits
 from kvmesh.services.exchange_client import ExchangePool, WorkerStream
+from kvmesh.services.logprobs import OutputLogprobs
 from kvmesh.services.output_text import OutputText
 from kvmesh.services.peers import Peers
 from kvmesh.services.progress import ProgressReports
@@ -167,7 +168,8 @@ class Processor:
             telemetry.WAIT_ENDED.labels(wait="request_s").inc()
             raise OutOfTimeError(Reason.DEADLINE, "no output before the deadline") from exc
         loop = asyncio.get_running_loop()
-        telemetry.TIME_TO_FIRST_TOKEN.observe(loop.time() - run.arrived_at)
+        run.first_output_at = loop.time()
+        self.totals.begin_output(after_s=run.first_output_at - run.arrived_at, now=run.first_output_at)
         run.deadline = loop.call_at(run.deadline_at, self._expire, stream)
         return stream
 
@@ -192,6 +194,8 @@ class Processor:
         if tokenizer is not None and prompt.token_ids is not None:
             detokenizer = tokenizer.detokenizer(after=prompt.token_ids[-_DETOKENIZER_CONTEXT:].tolist())
         run.output = OutputText(detokenizer=detokenizer, stops=run.request.sampling.stop)
+        if sampling.HasField("logprobs"):
+            run.logprobs = OutputLogprobs(tokenizer)
 
     def _resolve_model(self, name: str) -> str:
         known = self._peers.roster.models() | self._tokenizers.keys()
@@ -304,7 +308,10 @@ class Processor:
             run.finished = run.stopped()
         else:
             run.finished = stream.finished
-        return Delta(pieces=pieces, token_ids=token_ids) if pieces or token_ids else None
+        if run.logprobs is None:
+            return Delta(pieces=pieces, token_ids=token_ids) if pieces or token_ids else None
+        run.logprobs.push(stream.take_logprobs())
+        return Delta(pieces, token_ids, run.logprobs.take(len(pieces))) if pieces or token_ids else None
 
     def _write_output(self, run: RunningRequest, stream: WorkerStream, writer: DeltaWriter) -> None:
         """Hand output to the door where it arrives; wake the request's task only for what it must do itself."""
@@ -327,6 +334,9 @@ class Processor:
             is_remote=decision is not None and decision.remote,
             predicted_cached_tokens=run.predicted_cached_tokens,
         )
+        if run.first_output_at is not None:
+            now = asyncio.get_running_loop().time()
+            self.totals.end_output(output_s=now - run.first_output_at, tokens=run.produced, now=now)
 
     def _give_up_attempt(self, run: RunningRequest) -> None:
         """Free what the current attempt holds here, at the worker and at the router."""

@@ -1,5 +1,6 @@
 """Processor: the generator served to frontends of other processes."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import TYPE_CHECKING
@@ -40,7 +41,10 @@ class Processor(processor_pb2_grpc.ProcessorServicer):
         self, request: processor_pb2.GetTotalsRequest, context: "Context"
     ) -> processor_pb2.GetTotalsResponse:
         """See the contract."""
-        return processor_pb2.GetTotalsResponse(counters=self._totals.to_proto())
+        now = asyncio.get_running_loop().time()
+        return processor_pb2.GetTotalsResponse(
+            counters=self._totals.to_proto(), latencies=self._totals.latencies(now=now)
+        )
 
 
 def _request_id(request: processor_pb2.ProcessorGenerateRequest) -> str:

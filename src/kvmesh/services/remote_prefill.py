@@ -17,13 +17,11 @@ from kvmesh.core.hashing import max_overlap_blocks
 from kvmesh.core.remote_prefill import RemotePrefillDecision, RemotePrefillReason, RemotePrefillRules, decide
 from kvmesh.core.waits import Waits
 from kvmesh.engines.engine import EngineHandoff, EngineRequest, Pin
-from kvmesh.services.channels import Channels
 from kvmesh.services.engine_driver import EngineDriver
 from kvmesh.services.handoff_fetch import HandoffFetch
 from kvmesh.services.handoff_source import HandoffSource
 from kvmesh.services.peers import Peers
-from kvmesh.services.prefill_submissions import Patience, PrefillSubmissions
-from kvmesh.services.queue_locator import QueueLocator
+from kvmesh.services.prefills import Patience, Prefills
 from kvmesh.services.worker_transports import WorkerTransports
 from kvmesh.v1 import decode_worker_pb2, generation_pb2, prefill_queue_pb2
 from kvmesh.wire.layout import layout_to_wire
@@ -35,10 +33,6 @@ _PREFILL_SHARE = 0.25
 """A remote prefill may take this share of what remains of a request's time."""
 _FIRST_TOKEN_SHARE = 0.5
 """While it is being computed, it may take this share of the wait for a first token: the rest is for a local prefill."""
-_QUEUE_LOST = frozenset({Reason.WORKER_LOST, Reason.DRAINING})
-"""What says that the queue and not the task is the trouble."""
-_RESUBMIT_S = 0.05
-"""Between the loss of a queue and the next attempt: the channel finds out that nobody answers."""
 
 
 @dataclass(slots=True)
@@ -65,29 +59,31 @@ class RemotePrefill:
         *,
         driver: EngineDriver,
         peers: Peers,
-        channels: Channels,
+        prefills: Prefills,
+        fetcher: HandoffFetch,
         transports: WorkerTransports,
         source: HandoffSource,
         rules: RemotePrefillRules,
         waits: Waits,
         required: bool,
     ) -> None:
-        """`source` lends this worker's blocks. `required`: where the rules say remote, local is no way out."""
+        """Own `prefills` and `fetcher`; `source` lends this worker's blocks.
+
+        `required`: where the rules say remote, local is no way out.
+        """
         self._driver = driver
         self._peers = peers
         self._transports = transports
         self._source = source
-        self._queues = QueueLocator(peers=peers, channels=channels)
         self._rules = rules
         self._waits = waits
         self._required = required
-        self._queue_depth = 0
-        self._fetcher = HandoffFetch(driver=driver, channels=channels, transports=transports, waits=waits)
-        self._submissions = PrefillSubmissions(channels=channels, waits=waits, give_back=self._fetcher.give_up)
+        self._prefills = prefills
+        self._fetcher = fetcher
 
     async def aclose(self) -> None:
         """Give back what others hold for this worker."""
-        await self._submissions.aclose()
+        await self._prefills.aclose()
         await self._fetcher.aclose()
 
     def is_possible(self, model: str) -> bool:
@@ -123,7 +119,8 @@ class RemotePrefill:
                 if decision.reason is RemotePrefillReason.NO_CAPABLE_WORKER and self._required:
                     await self._wait_for_worker(request.model, wait_s=self._wait_s(deadline_at))
                     decision = self._decide(request.model, prompt_tokens=prompt_tokens, cached_tokens=cached_tokens)
-                on_decision(self._note(decision.is_remote, decision.reason.name.lower()))
+                reason = self._prefills.reason if decision.is_remote else decision.reason.name.lower()
+                on_decision(self._note(decision.is_remote, reason))
                 if not decision.is_remote:
                     return None
                 patience = self._patience(deadline_at)
@@ -140,7 +137,7 @@ class RemotePrefill:
             self._rules,
             prompt_tokens=prompt_tokens,
             cached_tokens=cached_tokens,
-            queue_depth=self._queue_depth,
+            queue_depth=self._prefills.depth,
             capable_workers=self._peers.prefill_workers(model),
         )
 
@@ -220,27 +217,9 @@ class RemotePrefill:
         if self._driver.info.layout is not None and pin.block_ids:
             await self._lend_prefix(task, pin)
         try:
-            return await self._submit(task, patience)
+            return await self._prefills.compute(task, patience=patience)
         finally:
             self._source.take_back(task.prefix)
-
-    async def _submit(self, task: prefill_queue_pb2.PrefillTask, patience: Patience) -> prefill_queue_pb2.TaskCompleted:
-        """Submit to the active queue, and when that is lost, under the same key, to the one that takes its place."""
-        loop = asyncio.get_running_loop()
-        while True:
-            address = self._queues.address()
-            if address is None:
-                raise TryElsewhereError(Reason.PREFILL_FAILED, "no prefill queue is known")
-            try:
-                return await self._submissions.complete(address, task, patience=patience, on_position=self._check_depth)
-            except TryElsewhereError as error:
-                if error.reason not in _QUEUE_LOST or not self._queues.has_other_than(address):
-                    raise
-                log.warning("queue.lost", request_id=task.request_id, address=address, error=error.message)
-            patience.queued()
-            if loop.time() + _RESUBMIT_S >= patience.due:
-                raise TryElsewhereError(Reason.PREFILL_FAILED, "no prefill queue can be reached")
-            await asyncio.sleep(_RESUBMIT_S)
 
     async def _lend_prefix(self, task: prefill_queue_pb2.PrefillTask, pin: Pin) -> None:
         """Have the task carry what `pin` holds; it does without where this worker serves no blocks."""
@@ -248,7 +227,7 @@ class RemotePrefill:
             lambda engine: engine.pin_prefix(pin.block_hashes), undo=lambda engine, held: engine.unpin(held.pin_id)
         )
         try:
-            task.prefix.CopyFrom(self._source.lend(lent))
+            task.prefix.CopyFrom(await self._source.lend(lent))
         except ConflictError as error:
             log.debug("prefix.not_lent", request_id=task.request_id, error=error.message)
 
@@ -283,12 +262,6 @@ class RemotePrefill:
             task.layout.CopyFrom(layout_to_wire(info.layout))
             task.transports.extend(self._transports.reaches)
         return task
-
-    def _check_depth(self, position: int | None) -> None:
-        self._queue_depth = position or 0
-        if self._rules.max_queue_depth is not None and self._queue_depth > self._rules.max_queue_depth:
-            self._queue_depth = 0  # known only from the queue's answers: the next request asks again
-            raise TryElsewhereError(Reason.QUEUE_FULL, f"{position} tasks wait before this one")
 
 
 def _share_of_time(deadline_at: float) -> float:

@@ -160,7 +160,11 @@ def _event_of(response: processor_pb2.ProcessorGenerateResponse) -> Event:
             return response.started
         case "chunk":
             chunk: generation_pb2.Chunk = response.chunk
-            return Delta(pieces=list(response.pieces) or [chunk.text], token_ids=list(chunk.token_ids))
+            return Delta(
+                pieces=list(response.pieces) or [chunk.text],
+                token_ids=list(chunk.token_ids),
+                logprobs=list(chunk.logprobs),
+            )
         case "finished":
             return response.finished
         case _:

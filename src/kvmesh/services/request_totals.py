@@ -1,9 +1,10 @@
 """Totals over the requests of one processor, for the topology and the metrics."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvmesh import telemetry
-from kvmesh.v1 import frontend_pb2, generation_pb2
+from kvmesh.core.latencies import RecentTimes
+from kvmesh.v1 import frontend_pb2, generation_pb2, processor_pb2
 
 
 @dataclass(slots=True)
@@ -21,6 +22,13 @@ class RequestTotals:
     predicted_cached_tokens: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    times_to_first_token: RecentTimes = field(default_factory=RecentTimes)
+    inter_token_times: RecentTimes = field(default_factory=RecentTimes)
+
+    def begin_output(self, *, after_s: float, now: float) -> None:
+        """Note that a request has its first token, so long after its arrival."""
+        self.times_to_first_token.add(after_s, now=now)
+        telemetry.TIME_TO_FIRST_TOKEN.observe(after_s)
 
     def finish(self, usage: generation_pb2.Usage, *, is_remote: bool, predicted_cached_tokens: int) -> None:
         """Add what a finished request consumed."""
@@ -38,10 +46,23 @@ class RequestTotals:
         telemetry.PROMPT_TOKENS.inc(usage.prompt_tokens)
         telemetry.COMPLETION_TOKENS.inc(usage.completion_tokens)
 
+    def end_output(self, *, output_s: float, tokens: int, now: float) -> None:
+        """Note how long the tokens of a finished request took from the first to the last."""
+        if tokens > 1:
+            self.inter_token_times.add(output_s / (tokens - 1), now=now)
+            telemetry.INTER_TOKEN_TIME.observe(output_s / (tokens - 1))
+
     def end(self, outcome: str) -> None:
         """Count how a request ended: finished, failed or cancelled."""
         setattr(self, outcome, getattr(self, outcome) + 1)
         telemetry.REQUESTS.labels(outcome=outcome).inc()
+
+    def latencies(self, *, now: float) -> processor_pb2.LatencySamples:
+        """Return what requests waited for tokens lately."""
+        return processor_pb2.LatencySamples(
+            times_to_first_token_s=self.times_to_first_token.at(now),
+            inter_token_times_s=self.inter_token_times.at(now),
+        )
 
     def to_proto(self) -> frontend_pb2.TopologyCounters:
         """Return the counters as the topology shows them; bookings are the router's to count."""

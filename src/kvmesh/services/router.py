@@ -3,22 +3,27 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 from kvmesh.core.candidates import RoutingQuery, Selection
 from kvmesh.core.errors import Reason, TryElsewhereError
 from kvmesh.core.ids import WorkerId
 from kvmesh.services.local_router import LocalRouter
+from kvmesh.services.recent_decisions import MAX_DECISIONS
 from kvmesh.services.router_metrics import observe_stage
 from kvmesh.v1 import router_pb2, router_pb2_grpc
 from kvmesh.wire import routing, routing_answers
-from kvmesh.wire.validation import seconds
+from kvmesh.wire.validation import invalid, seconds
 
 if TYPE_CHECKING:
     from kvmesh.v1.router_pb2_grpc import _ServicerContext as Context
 
 _DEFAULT_INTERVAL_S = 1.0
 _MIN_INTERVAL_S = 0.1
+_DEFAULT_DECISIONS = 16
+_DEFAULT_CANDIDATES = 8
+_MAX_CANDIDATES = 64
 _ANSWER_MARGIN_S = 0.1
 """Of the caller's deadline: so much earlier a wait ends, so that the caller learns why."""
 
@@ -35,6 +40,7 @@ class Router(router_pb2_grpc.RouterServicer):
     def close(self) -> None:
         """End every watch, so that the server can stop. Idempotent."""
         self._closing.set()
+        self._router.recent_decisions.close()
 
     async def Select(self, request: router_pb2.SelectRequest, context: "Context") -> router_pb2.SelectResponse:
         """See the contract."""
@@ -133,6 +139,26 @@ class Router(router_pb2_grpc.RouterServicer):
             except TimeoutError:
                 continue
 
+    async def WatchDecisions(
+        self, request: router_pb2.WatchDecisionsRequest, context: "Context"
+    ) -> AsyncIterator[router_pb2.WatchDecisionsResponse]:
+        """See the contract."""
+        interval_s = _DEFAULT_INTERVAL_S
+        if request.HasField("interval"):
+            interval_s = seconds(request.interval, path="interval", low=_MIN_INTERVAL_S)
+        watch = self._router.recent_decisions.watch(
+            interval_s=interval_s,
+            max_decisions=_bounded(
+                request.max_decisions, path="max_decisions", default=_DEFAULT_DECISIONS, high=MAX_DECISIONS
+            ),
+            max_candidates=_bounded(
+                request.max_candidates, path="max_candidates", default=_DEFAULT_CANDIDATES, high=_MAX_CANDIDATES
+            ),
+        )
+        async with aclosing(watch) as responses:
+            async for response in responses:
+                yield response
+
     async def DumpIndex(
         self, request: router_pb2.DumpIndexRequest, context: "Context"
     ) -> AsyncIterator[router_pb2.DumpIndexResponse]:
@@ -155,6 +181,12 @@ class Router(router_pb2_grpc.RouterServicer):
 
     def _workers(self) -> list[router_pb2.RouterWorker]:
         return [routing_answers.router_worker_to_proto(worker) for worker in self._router.workers()]
+
+
+def _bounded(value: int, *, path: str, default: int, high: int) -> int:
+    if value > high:
+        raise invalid(path, f"{value} is out of range: 1 to {high}")
+    return value or default
 
 
 def _before_deadline(remaining_s: float | None) -> float | None:

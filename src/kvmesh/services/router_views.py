@@ -113,6 +113,10 @@ def _from_snapshot(snapshot: WorkerSnapshot) -> frontend_pb2.TopologyWorker:
         worker.active_blocks = report.active_blocks
         worker.waiting_requests = report.waiting_requests
         worker.prefix_hit_rate = report.prefix_hit_rate
+    worker.active_prefill_tokens = snapshot.load.prefill_tokens
+    worker.indexed_blocks = snapshot.indexed_blocks
+    worker.index_degraded = snapshot.is_index_degraded
+    worker.reservations = snapshot.reservations
     return worker
 
 
@@ -124,6 +128,10 @@ def _from_line(record: WorkerRecord, line: router_pb2.RouterWorker | None) -> fr
         worker.active_blocks = line.active_blocks
         worker.waiting_requests = line.waiting_requests
         worker.prefix_hit_rate = line.prefix_hit_rate
+        worker.active_prefill_tokens = line.active_prefill_tokens
+        worker.indexed_blocks = line.indexed_blocks
+        worker.index_degraded = line.index_degraded
+        worker.reservations = line.reservations
     return worker
 
 

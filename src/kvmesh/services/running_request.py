@@ -9,6 +9,7 @@ from kvmesh.core.candidates import RoutingHints, RoutingQuery
 from kvmesh.core.ids import AttemptKey, RequestId, WorkerId
 from kvmesh.core.roster import WorkerRecord
 from kvmesh.services.exchange_client import WorkerStream
+from kvmesh.services.logprobs import OutputLogprobs
 from kvmesh.services.output_text import OutputText
 from kvmesh.services.prompts import PreparedPrompt, fill_input
 from kvmesh.services.router_metrics import observe_stage
@@ -38,6 +39,8 @@ class RunningRequest:
     resolved: Resolved | None = None
     """None until the prompt is prepared."""
     output: OutputText | None = None
+    logprobs: OutputLogprobs | None = None
+    """None where they were not asked for."""
     attempt: int = 0
     lost: int = 0
     """Workers that owned the request and failed it."""
@@ -47,6 +50,7 @@ class RunningRequest:
     worker: WorkerRecord | None = None
     stream: WorkerStream | None = None
     deadline: asyncio.TimerHandle | None = None
+    first_output_at: float | None = None
     produced: int = 0
     """Tokens or words so far."""
     finished: generation_pb2.Finished | None = None

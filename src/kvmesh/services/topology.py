@@ -1,16 +1,19 @@
 """The mesh as one frontend sees it: workers as the router knows them, the queue's counts, the processors' totals."""
 
 import asyncio
+from collections.abc import Iterable, Sequence
 
 import grpc
 
+from kvmesh.core.latencies import WINDOW_S, quantile
 from kvmesh.services.channels import Channels
 from kvmesh.services.owned_tasks import OwnedTasks
 from kvmesh.services.peers import Peers
 from kvmesh.services.queue_locator import QueueLocator
 from kvmesh.services.router_views import RouterView
 from kvmesh.services.totals_views import TotalsView
-from kvmesh.v1 import frontend_pb2, prefill_queue_pb2, prefill_queue_pb2_grpc
+from kvmesh.v1 import frontend_pb2, prefill_queue_pb2, prefill_queue_pb2_grpc, processor_pb2
+from kvmesh.wire.validation import duration
 
 _INTERVAL_S = 0.5
 _QUEUE_TIMEOUT_S = 1.0
@@ -42,7 +45,12 @@ class TopologyView:
         counters = self._totals.now()
         counters.reservations = sight.reservations
         return frontend_pb2.Topology(
-            workers=sight.workers, queue=self._queue, counters=counters, policy=sight.policy, index=sight.index
+            workers=sight.workers,
+            queue=self._queue,
+            counters=counters,
+            policy=sight.policy,
+            index=sight.index,
+            latencies=_latencies(self._totals.latencies()),
         )
 
     async def refreshed(self) -> frontend_pb2.Topology:
@@ -70,3 +78,23 @@ class TopologyView:
             self._queue = None  # shown as what it is: unknown
         else:
             self._queue = answer.stats
+
+
+def _latencies(samples: Sequence[processor_pb2.LatencySamples]) -> frontend_pb2.TopologyLatencies:
+    return frontend_pb2.TopologyLatencies(
+        window=duration(WINDOW_S),
+        time_to_first_token=_quantiles(time_s for one in samples for time_s in one.times_to_first_token_s),
+        inter_token_time=_quantiles(time_s for one in samples for time_s in one.inter_token_times_s),
+    )
+
+
+def _quantiles(times_s: Iterable[float]) -> frontend_pb2.LatencyQuantiles:
+    ordered = sorted(times_s)
+    if not ordered:
+        return frontend_pb2.LatencyQuantiles()
+    return frontend_pb2.LatencyQuantiles(
+        requests=len(ordered),
+        p50=duration(quantile(ordered, 0.5)),
+        p90=duration(quantile(ordered, 0.9)),
+        p99=duration(quantile(ordered, 0.99)),
+    )

@@ -1,6 +1,7 @@
 """What processors have counted: the one of this process, or all that discovery names, added up."""
 
 import asyncio
+from collections.abc import Sequence
 from typing import Protocol
 
 import grpc
@@ -19,6 +20,9 @@ class TotalsView(Protocol):
     def now(self) -> frontend_pb2.TopologyCounters:
         """Return a new message with what is known without asking; `reservations` is left at 0."""
 
+    def latencies(self) -> Sequence[processor_pb2.LatencySamples]:
+        """Return what is known without asking of how long requests waited lately, by processor."""
+
     async def refresh(self) -> None:
         """Ask where asking is needed, in bounded time."""
 
@@ -34,6 +38,10 @@ class LocalTotals:
         """See `TotalsView.now`."""
         return self._totals.to_proto()
 
+    def latencies(self) -> Sequence[processor_pb2.LatencySamples]:
+        """See `TotalsView.latencies`."""
+        return (self._totals.latencies(now=asyncio.get_running_loop().time()),)
+
     async def refresh(self) -> None:
         """Nothing to ask."""
 
@@ -45,15 +53,19 @@ class RemoteTotals:
         """Find processors by `peers`."""
         self._peers = peers
         self._channels = channels
-        self._by_address: dict[str, frontend_pb2.TopologyCounters] = {}
+        self._by_address: dict[str, processor_pb2.GetTotalsResponse] = {}
 
     def now(self) -> frontend_pb2.TopologyCounters:
         """See `TotalsView.now`: as old as the last refresh."""
         total = frontend_pb2.TopologyCounters()
-        for counters in self._by_address.values():
-            for field, value in counters.ListFields():
+        for answer in self._by_address.values():
+            for field, value in answer.counters.ListFields():
                 setattr(total, field.name, getattr(total, field.name) + value)
         return total
+
+    def latencies(self) -> Sequence[processor_pb2.LatencySamples]:
+        """See `TotalsView.latencies`: as old as the last refresh."""
+        return [answer.latencies for answer in self._by_address.values()]
 
     async def refresh(self) -> None:
         """See `TotalsView.refresh`."""
@@ -61,14 +73,18 @@ class RemoteTotals:
         answers = await asyncio.gather(*(self._ask(address) for address in addresses))
         before = self._by_address
         self._by_address = {
-            address: before.get(address, frontend_pb2.TopologyCounters()) if answer is None else answer
+            address: _without_latencies(before.get(address)) if answer is None else answer
             for address, answer in zip(addresses, answers, strict=True)
         }
 
-    async def _ask(self, address: str) -> frontend_pb2.TopologyCounters | None:
+    async def _ask(self, address: str) -> processor_pb2.GetTotalsResponse | None:
         stub = processor_pb2_grpc.ProcessorStub(self._channels.get(address))
         try:
-            answer = await stub.GetTotals(processor_pb2.GetTotalsRequest(), timeout=_TIMEOUT_S)
+            return await stub.GetTotals(processor_pb2.GetTotalsRequest(), timeout=_TIMEOUT_S)
         except grpc.aio.AioRpcError:
             return None
-        return answer.counters
+
+
+def _without_latencies(answer: processor_pb2.GetTotalsResponse | None) -> processor_pb2.GetTotalsResponse:
+    """Keep the counts of a processor that does not answer; what it said of "lately" is over."""
+    return processor_pb2.GetTotalsResponse(counters=answer.counters if answer is not None else None)

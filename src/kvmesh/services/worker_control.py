@@ -1,11 +1,11 @@
 """WorkerControl: of one worker, and, at the gateway, forwarded to the worker that is named."""
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import grpc
 
-from kvmesh.core.errors import NotKnownError, NotServedError, Reason
+from kvmesh.core.errors import NotKnownError, Reason
 from kvmesh.core.ids import WorkerId
 from kvmesh.core.roster import WorkerRecord
 from kvmesh.services.channels import Channels
@@ -13,6 +13,9 @@ from kvmesh.services.identity import WorkerIdentity
 from kvmesh.v1 import worker_control_pb2, worker_control_pb2_grpc
 from kvmesh.wire.error_catalog import from_rpc_error
 from kvmesh.wire.validation import invalid, seconds
+
+if TYPE_CHECKING:
+    from kvmesh.v1.worker_control_pb2_grpc import WorkerControlAsyncStub
 
 _ANSWER_MARGIN_S = 5.0
 
@@ -45,8 +48,7 @@ class WorkerControl(worker_control_pb2_grpc.WorkerControlServicer):
         context: grpc.aio.ServicerContext,  # type: ignore[type-arg]
     ) -> worker_control_pb2.DrainResponse:
         """See the contract."""
-        if request.worker_id and request.worker_id != self._worker.identity.worker_id:
-            raise NotKnownError(Reason.NOT_FOUND, f"{request.worker_id} is not served here", field="worker_id")
+        _check_addressee(request.worker_id, self._worker.identity)
         finished, cancelled = await self._worker.drain(drain_timeout_s(request, self._drain_s))
         return worker_control_pb2.DrainResponse(finished=finished, cancelled=cancelled)
 
@@ -56,6 +58,7 @@ class WorkerControl(worker_control_pb2_grpc.WorkerControlServicer):
         context: grpc.aio.ServicerContext,  # type: ignore[type-arg]
     ) -> worker_control_pb2.GetInfoResponse:
         """See the contract."""
+        _check_addressee(request.worker_id, self._worker.identity)
         return await self._worker.describe()
 
 
@@ -74,15 +77,8 @@ class ForwardedWorkerControl(worker_control_pb2_grpc.WorkerControlServicer):
         context: grpc.aio.ServicerContext,  # type: ignore[type-arg]
     ) -> worker_control_pb2.DrainResponse:
         """See the contract."""
-        if not request.worker_id:
-            raise invalid("worker_id", "required here: name the worker as GetTopology does, e.g. NODE1/decode/0")
-        record = self._find(WorkerId(request.worker_id))
-        if record is None:
-            raise NotKnownError(
-                Reason.NOT_FOUND, f"no live worker is called {request.worker_id!r}: see GetTopology", field="worker_id"
-            )
+        stub = self._stub_of(request.worker_id)
         timeout_s = drain_timeout_s(request, self._drain_s)
-        stub = worker_control_pb2_grpc.WorkerControlStub(self._channels.get(record.address))
         try:
             return await stub.Drain(request, timeout=timeout_s + _ANSWER_MARGIN_S)
         except grpc.aio.AioRpcError as exc:
@@ -93,8 +89,32 @@ class ForwardedWorkerControl(worker_control_pb2_grpc.WorkerControlServicer):
         request: worker_control_pb2.GetInfoRequest,
         context: grpc.aio.ServicerContext,  # type: ignore[type-arg]
     ) -> worker_control_pb2.GetInfoResponse:
-        """Refuse: the question names no worker, so it goes to the worker itself. Raises: NotServedError."""
-        raise NotServedError(Reason.UNIMPLEMENTED, "ask the worker itself: its address is in GetTopology")
+        """See the contract."""
+        stub = self._stub_of(request.worker_id)
+        try:
+            return await stub.GetInfo(request, timeout=_left_s(context, _ANSWER_MARGIN_S))
+        except grpc.aio.AioRpcError as exc:
+            raise from_rpc_error(exc) from exc
+
+    def _stub_of(self, worker_id: str) -> "WorkerControlAsyncStub":
+        if not worker_id:
+            raise invalid("worker_id", "required here: name the worker as GetTopology does, e.g. NODE1/decode/0")
+        record = self._find(WorkerId(worker_id))
+        if record is None:
+            raise NotKnownError(
+                Reason.NOT_FOUND, f"no live worker is called {worker_id!r}: see GetTopology", field="worker_id"
+            )
+        return worker_control_pb2_grpc.WorkerControlStub(self._channels.get(record.address))
+
+
+def _check_addressee(worker_id: str, identity: WorkerIdentity) -> None:
+    if worker_id and worker_id != identity.worker_id:
+        raise NotKnownError(Reason.NOT_FOUND, f"{worker_id} is not served here", field="worker_id")
+
+
+def _left_s(context: Any, default_s: float) -> float:
+    remaining_s: float | None = context.time_remaining()
+    return default_s if remaining_s is None else min(remaining_s, default_s)
 
 
 def drain_timeout_s(request: worker_control_pb2.DrainRequest, default_s: float) -> float:

@@ -51,6 +51,11 @@ class WorkerTransports:
         return tuple(self._served)
 
     @property
+    def can_warm_up(self) -> bool:
+        """Whether any of them is the better for it."""
+        return any(isinstance(transport, WarmedUp) for transport in self._transports.values())
+
+    @property
     def metadata(self) -> dict[str, str]:
         """How others pull from it, for its discovery record: `kv.<reach>` to public name."""
         return {f"{_METADATA}{served.reach}": served.agent_name for served in self._served.values()}
@@ -61,7 +66,7 @@ class WorkerTransports:
             try:
                 public_name = await transport.serve(agent_name, memory)
             except MeshError as error:
-                log.info("transport.not_served", transport=transport.name, error=error.message)
+                log.debug("transport.not_served", transport=transport.name, error=error.message)
                 continue
             self._served[reach] = ServedBy(reach, public_name)
 
@@ -92,6 +97,11 @@ class WorkerTransports:
         raise ConflictError(
             Reason.LAYOUT_MISMATCH, f"blocks are wanted by {_listed(reaches)} and served by {_listed(self._served)}"
         )
+
+    def others(self, metadata: Mapping[str, str], *, than: ServedBy) -> list[ServedBy]:
+        """Return by what else this worker can pull from the one whose record has this `metadata`, best first."""
+        known = [ServedBy(reach, metadata.get(f"{_METADATA}{reach}", "")) for reach in self._transports]
+        return [served for served in known if served.agent_name and served.reach != than.reach]
 
     def get(self, reach: str) -> Transport:
         """Return the transport to pull by what a handoff names. Raises: ConflictError(LAYOUT_MISMATCH)."""

@@ -107,6 +107,7 @@ def run_all(engine: Engine) -> Run:
         for output in result.outputs:
             answer = run.answers.setdefault(output.key, Answer())
             assert not answer.outputs or answer.finish is None, "a request goes on after its end"
+            assert not output.logprobs or len(output.logprobs) == len(output.token_ids), "a token without its logprobs"
             answer.outputs.append(output)
             answer.token_ids += output.token_ids
             answer.words += output.words
@@ -205,6 +206,26 @@ class EngineContract:
         for request in requests:
             assert together[request.key].token_ids == alone[request.key].token_ids
             assert together[request.key].words == alone[request.key].words
+
+    def test_log_probabilities_are_told_where_they_are_asked_for_and_change_no_token(self, engine: Engine) -> None:
+        """One for each token, with the likeliest in its place: greedily drawn, the token is the first of them."""
+        asked = self.request(engine, 1)
+        engine.submit(asked)
+        silent = run_all(engine).answers[asked.key]
+        count = 3 if engine.info.has_logprobs else None  # what an engine has not is never asked of it
+
+        engine.submit(replace(asked, key=attempt(2), sampling=replace(asked.sampling, logprobs=count)))
+        told = run_all(engine).answers[attempt(2)]
+
+        known = [each for output in told.outputs for each in output.logprobs]
+        assert (told.token_ids, told.words) == (silent.token_ids, silent.words)
+        assert not any(output.logprobs for output in silent.outputs)
+        assert len(known) == (len(told.token_ids) if engine.info.has_logprobs else 0)
+        for token, each in zip(told.token_ids, known, strict=False):
+            assert len(each.top_token_ids) == len(each.top_logprobs) == 3
+            assert list(each.top_logprobs) == sorted(each.top_logprobs, reverse=True)
+            assert (token, each.logprob) == (each.top_token_ids[0], each.top_logprobs[0])
+            assert each.logprob <= 0
 
     def test_requests_beyond_the_slots_wait_and_finish(self, engine: Engine) -> None:
         """No more than max_sequences run at once."""

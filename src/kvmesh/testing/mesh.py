@@ -46,6 +46,8 @@ SHORT_WAITS: Mapping[str, float] = {
     "request_s": 30.0,
 }
 """What `running_mesh` sets unless told otherwise: short enough that nothing outlives a test's own bound."""
+_SMALLEST: Mapping[str, Any] = {"engine.name": "echo", "process.transports": "memory"}
+"""Unless told otherwise: no model to load, nothing of the host to share."""
 
 _ANSWER_S = 5.0
 _LOOK_AGAIN_S = 0.05
@@ -94,11 +96,13 @@ async def running_mesh(*, plan: EnginePlan | None = None, **overrides: Any) -> A
     """Run a mesh for the block.
 
     `overrides` are settings with `__` for the dot, as in `waits__route_s=0.5` or `engine__options__block_size="16"`;
-    `plan` brings engines of the caller's own. Raises: SettingsError, and what `Mesh.start` raises.
+    the engine is `echo` unless they name one. `plan` brings engines of the caller's own.
+
+    Raises: SettingsError, and what `Mesh.start` raises.
     """
     given = {key.replace("__", ".", 2): value for key, value in overrides.items()}
     waits = {f"waits.{name}": value for name, value in SHORT_WAITS.items()}
-    settings = load_settings(overrides={"http.port": 0, "grpc.port": 0, **waits, **given}).settings
+    settings = load_settings(overrides={"http.port": 0, "grpc.port": 0, **_SMALLEST, **waits, **given}).settings
     mesh = Mesh(settings, plan=plan)
     try:
         await mesh.start()

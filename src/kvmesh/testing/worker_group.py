@@ -28,7 +28,7 @@ from kvmesh.engines.paged_model import Allocate, allocate_here
 from kvmesh.engines.simulated import SimulatedEngine
 from kvmesh.engines.simulated_options import SimulatedOptions
 from kvmesh.runtime.decode_work import decode_work
-from kvmesh.runtime.prefill_work import PrefillWork
+from kvmesh.runtime.prefill_work import prefill_work
 from kvmesh.runtime.queue_role import QueueRole
 from kvmesh.runtime.role import Listen
 from kvmesh.runtime.worker import Work, Worker, WorkerParts
@@ -175,9 +175,19 @@ class WorkerGroup:
         transport: Transport | Sequence[Transport] | None = None,
         rules: RemotePrefillRules | None = None,
         required: bool = False,
+        direct: bool = False,
+        checksums: bool = False,
     ) -> Worker:
-        """Start a decode worker that sends every prefill of a full block or more away, if anybody takes it."""
-        build = decode_work(rules=rules or RemotePrefillRules(min_uncached_tokens=1), required=required)
+        """Start a decode worker that sends every prefill of a full block or more away, if anybody takes it.
+
+        `direct`: to a prefill worker that it chooses itself, and not to the queue.
+        """
+        build = decode_work(
+            rules=rules or RemotePrefillRules(min_uncached_tokens=1),
+            required=required,
+            direct=direct,
+            checksums=checksums,
+        )
         return await self._add(WorkerRole.DECODE, engine, waits=waits, transport=transport, build=build)
 
     async def add_prefill(
@@ -187,10 +197,14 @@ class WorkerGroup:
         waits: Waits | None = None,
         transport: Transport | Sequence[Transport] | None = None,
         namespace: str = NAMESPACE,
+        max_direct_tasks: int = 32,
+        checksums: bool = False,
+        pulls: bool = True,
     ) -> Worker:
         """Start a prefill worker and return when it may lease; in another namespace it knows of no queue."""
+        build = prefill_work(pulls=pulls, max_direct_tasks=max_direct_tasks, checksums=checksums)
         worker = await self._add(
-            WorkerRole.PREFILL, engine, waits=waits, transport=transport, build=PrefillWork, namespace=namespace
+            WorkerRole.PREFILL, engine, waits=waits, transport=transport, build=build, namespace=namespace
         )
         if self.queue is not None and namespace == NAMESPACE:
             async with asyncio.timeout(GENEROUS_S):

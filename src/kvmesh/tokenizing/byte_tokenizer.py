@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from kvmesh.tokenizing.tokenizer import TokenText
+
 _BYTES = 256
 _REPLACEMENT = "\ufffd"
 
@@ -33,6 +35,11 @@ class ByteTokenizer:
     def render_chat(self, messages: Sequence[tuple[str, str]]) -> str:
         """Return one line `role: content` per message."""
         return "".join(f"{role}: {content}\n" for role, content in messages)
+
+    def token_text(self, token_id: int) -> TokenText:
+        """Return the byte; what is no byte is what the detokenizer shows for it."""
+        text_bytes = bytes((token_id,)) if token_id < _BYTES else _REPLACEMENT.encode()
+        return TokenText(text_bytes.decode("utf-8", "replace"), text_bytes)
 
     def detokenizer(self, *, after: Sequence[int] = ()) -> "ByteDetokenizer":
         """Return a new detokenizer; what comes before changes nothing."""

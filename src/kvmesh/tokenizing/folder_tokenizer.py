@@ -12,6 +12,8 @@ from tokenizers.decoders import DecodeStream
 
 from kvmesh.tokenizing.chat_template import ChatTemplate, no_template
 from kvmesh.tokenizing.model_folder import TOKENIZER_FILE, ModelFolder, broken_folder
+from kvmesh.tokenizing.token_bytes import TokenBytes
+from kvmesh.tokenizing.tokenizer import TokenText
 
 # Read by the library, which has no other switch: it would hand the one text of each call to a thread of its own.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -31,6 +33,7 @@ class FolderTokenizer:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
+        self._token_bytes = TokenBytes(tokenizer)
         self._template = template
         self._vocab_size = folder.vocab_size or tokenizer.get_vocab_size()
         self._max_context_tokens = folder.max_context_tokens
@@ -80,6 +83,10 @@ class FolderTokenizer:
         if self._template is None:
             raise no_template()
         return self._template.render(messages)
+
+    def token_text(self, token_id: int) -> TokenText:
+        """See Tokenizer."""
+        return self._token_bytes.token_text(token_id)
 
     def detokenizer(self, *, after: Sequence[int] = ()) -> "FolderDetokenizer":
         """See Tokenizer."""

@@ -1,10 +1,19 @@
 """The port behind which every tokenizer stands."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+
+class TokenText(NamedTuple):
+    """One token, read on its own."""
+
+    text: str
+    """U+FFFD for bytes that are no whole character; its name for a special token."""
+    text_bytes: bytes | None
+    """What it adds to a text, maybe a part of a character; None for a special token, which adds nothing."""
 
 
 class Detokenizer(Protocol):
@@ -44,6 +53,9 @@ class Tokenizer(Protocol):
         Raises:
             FixRequestError: INVALID_FIELD on prompt.messages, when the model's template refuses them or there is none.
         """
+
+    def token_text(self, token_id: int) -> TokenText:
+        """Return one token's text and bytes; of an id that the vocabulary does not have, nothing."""
 
     def detokenizer(self, *, after: Sequence[int] = ()) -> Detokenizer:
         """Return a new detokenizer; `after` is the end of the prompt, which decides whether a first space is kept."""

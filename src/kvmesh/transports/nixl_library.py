@@ -22,8 +22,9 @@ from kvmesh.transports.blocks import failed
 INSTALL = "pip install --no-deps nixl-cu12==1.5.1"
 _PACKAGES = ("nixl_cu12", "nixl_cu13")
 _CRASHES_BESIDE = "grpc_tools"
-_QUIET = {"NIXL_LOG_LEVEL": "ERROR", "UCX_LOG_LEVEL": "error", "UCX_LOG_FILE": "stderr"}
-"""What its libraries read when they are loaded; by default UCX writes to stdout. The user's own settings win."""
+_QUIET = {"NIXL_LOG_LEVEL": "ERROR", "UCX_LOG_LEVEL": "fatal", "UCX_LOG_FILE": "stderr"}
+"""What its libraries read when they are loaded; by default UCX writes to stdout. Its errors reach us as exceptions,
+and a peer that stops is none to tell of. The user's own settings win."""
 _DEVICES = "UCX_NET_DEVICES"
 
 

@@ -1,6 +1,6 @@
 """What a running request yields inside a process, between the processor and every door."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,6 +15,8 @@ class Delta:
     """The text of each token, in order; "" while the bytes of a character are incomplete."""
     token_ids: list[int]
     """The tokens; empty for workers that produce text."""
+    logprobs: Sequence[generation_pb2.TokenLogprobs] = ()
+    """Of the tokens whose text `pieces` is, in order, where they were asked for; a last piece may have none."""
 
 
 Event = frontend_pb2.Started | Delta | generation_pb2.Finished

@@ -53,3 +53,12 @@ def layout_to_wire(layout: Layout) -> generation_pb2.KvLayout:
         model_fingerprint=layout.model_fingerprint,
         bytes_per_block=layout.bytes_per_block,
     )
+
+
+def describe_layout_difference(wanted: generation_pb2.KvLayout, offered: generation_pb2.KvLayout) -> str:
+    """Name each field in which two layouts differ, with both values."""
+    names = (field.name for field in generation_pb2.KvLayout.DESCRIPTOR.fields)
+    values = ((name, getattr(wanted, name), getattr(offered, name)) for name in names)
+    return "; ".join(
+        f"{name} {ours!r} is wanted, {theirs!r} offered" for name, ours, theirs in values if ours != theirs
+    )

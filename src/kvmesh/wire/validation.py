@@ -1,5 +1,6 @@
 """What a client's message must satisfy. Every refusal names the field by its path, and the range."""
 
+import orjson
 from google.protobuf import duration_pb2
 
 from kvmesh.core.errors import FixRequestError, Reason
@@ -8,6 +9,8 @@ from kvmesh.v1 import frontend_pb2, generation_pb2
 DEFAULT_MAX_TOKENS = 128
 MAX_STOPS = 4
 MAX_STOP_BYTES = 1024
+MAX_LOGPROBS = 20
+MAX_FORMAT_BYTES = 64 * 1024
 MAX_CLIENT_ID_BYTES = 256
 _MAX_TEMPERATURE = 2.0
 
@@ -58,6 +61,21 @@ def check_sampling(sampling: generation_pb2.SamplingParams, *, path: str = "samp
             raise invalid(f"{path}.stop[{index}]", "must not be empty")
         if (size := len(stop.encode())) > MAX_STOP_BYTES:
             raise invalid(f"{path}.stop[{index}]", f"{size} bytes are too many: up to {MAX_STOP_BYTES}")
+    if sampling.logprobs > MAX_LOGPROBS:
+        raise invalid(f"{path}.logprobs", f"{sampling.logprobs} is out of range: 0 to {MAX_LOGPROBS}")
+    if sampling.response_format:
+        _check_format(sampling.response_format, path=f"{path}.response_format")
+
+
+def _check_format(response_format: str, *, path: str) -> None:
+    if (size := len(response_format.encode())) > MAX_FORMAT_BYTES:
+        raise invalid(path, f"{size} bytes are too many: up to {MAX_FORMAT_BYTES}")
+    try:
+        value = orjson.loads(response_format)
+    except orjson.JSONDecodeError as exc:
+        raise invalid(path, f"no JSON: {exc}") from exc
+    if not isinstance(value, dict) or not isinstance(value.get("type"), str):
+        raise invalid(path, 'must be an object with a type, as in {"type": "json_object"}')
 
 
 def check_hints(hints: generation_pb2.RoutingHints, *, path: str = "routing") -> None:
@@ -90,9 +108,12 @@ def resolve_sampling(
         top_k=sampling.top_k,
         stop=sampling.stop,
         ignore_eos=sampling.ignore_eos,
+        response_format=sampling.response_format,
     )
     if sampling.HasField("seed"):
         resolved.seed = sampling.seed
+    if sampling.HasField("logprobs"):
+        resolved.logprobs = sampling.logprobs
     return resolved
 
 

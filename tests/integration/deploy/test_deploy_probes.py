@@ -38,15 +38,21 @@ async def test_the_probes_of_a_role_find_it_serving(
         **dict.fromkeys(("grpc.port", "http.port", "process.port", "process.metrics_port"), 0),
     }
     loaded = load_settings(config_file=root / "deploy/kubernetes/base/kvmesh.toml", overrides=here)
+    needed = [ServedRole("queue", loaded.settings)] if role == "prefill" else []
     served = ServedRole(role, loaded.settings)
     try:
-        await served.start()
+        for each in (*needed, served):
+            await each.start()
+        if needed:
+            async with asyncio.timeout(ANSWER_S):
+                await served.wait_ready()
         async with grpc.aio.insecure_channel(served.addresses["grpc"]) as channel:
             health = health_pb2_grpc.HealthStub(channel)
             services = [container[probe]["grpc"].get("service", "") for probe in PROBES]
             asked = [health_pb2.HealthCheckRequest(service=service) for service in services]
             answers = await asyncio.gather(*(health.Check(each, timeout=ANSWER_S) for each in asked))
     finally:
-        await served.stop()
+        for each in (served, *needed):
+            await each.stop()
 
     assert [answer.status for answer in answers] == [health_pb2.HealthCheckResponse.SERVING] * len(PROBES)

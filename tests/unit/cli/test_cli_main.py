@@ -56,6 +56,7 @@ def test_the_help_of_up_states_the_defaults_of_the_settings(capsys: pytest.Captu
         "processor": settings.mesh.processor,
         "policy": settings.router.policy,
         "engine": settings.engine.name,
+        "model": "a small model, for numpy_llama",
         "model-name": "the engine's",
         "http-host": settings.http.host,
         "http-port": str(settings.http.port),

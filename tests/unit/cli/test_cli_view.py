@@ -93,6 +93,24 @@ def test_queue_and_requests_are_told_in_words() -> None:
     assert "41.2% of prompt tokens hit, 42.0% predicted by kv_aware" in screen
 
 
+@pytest.mark.parametrize(
+    ("moved", "told"),
+    [
+        (0, "2 local\n"),
+        (960, "2 local, 960 bytes of KV moved"),
+        (24_576, "24.0 KiB of KV moved"),
+        (3 << 41, "6.0 TiB of"),
+    ],
+)
+def test_kv_that_moved_is_told_in_the_unit_that_fits(moved: int, told: str) -> None:
+    topology = mesh_of(decode_worker(1))
+    topology.counters.CopyFrom(frontend_pb2.TopologyCounters(local_prefills=2, kv_bytes_moved=moved))
+
+    screen = "\n".join(line.rstrip() for line in rendered(topology_view(topology)).splitlines())
+
+    assert told in screen
+
+
 def test_before_the_first_request_there_is_no_hit_rate() -> None:
     assert "- of prompt tokens hit, - predicted" in rendered(topology_view(mesh_of(decode_worker(1))))
 

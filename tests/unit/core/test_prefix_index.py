@@ -465,3 +465,14 @@ def test_bits_change_with_the_version_alone() -> None:
     assert index.bit_of(W0) is None
     assert index.version > versions[-1] > versions[0]
     assert index.match_masks(seq(1, 2)) == [(1 << (index.bit_of(W1) or 0), 1)]
+
+
+def test_a_dump_is_of_the_moment_it_was_asked_for() -> None:
+    index = PrefixIndex()
+    index.store(W0, parent=None, block_hashes=seq(1, 2, 3), local_hashes=None)
+
+    dump = index.dump()
+    index.remove(W0, seq(1, 2, 3)[2:])
+    index.store(W0, parent=None, block_hashes=seq(8), local_hashes=None)
+
+    assert [held.block_hash for held in dump] == list(seq(1, 2, 3))

@@ -17,13 +17,14 @@ def record(
     models: tuple[str, ...] = ("m",),
     ranks: int = 1,
     draining: bool = False,
+    block_size: int = 16,
 ) -> WorkerRecord:
     return WorkerRecord(
         worker_id=worker_id,
         epoch=Epoch(epoch),
         role=role,
         models=models,
-        block_size=16,
+        block_size=block_size,
         ranks=ranks,
         draining=draining,
     )
@@ -97,6 +98,19 @@ def test_workers_are_found_by_role_and_model_as_they_change() -> None:
     assert [each.worker_id for each in roster.of(WorkerRole.PREFILL, "m")] == [B]
     assert roster.records(WorkerRole.PREFILL) == (record(B, role=WorkerRole.PREFILL),)
     assert roster.models() == {"m"}
+
+
+def test_block_sizes_are_those_of_the_workers_as_they_change() -> None:
+    roster = Roster()
+    roster.put(record(A))
+    roster.put(record(B, block_size=64))
+    before = roster.block_sizes(WorkerRole.DECODE, "m")
+
+    roster.remove(A, Epoch(1))
+
+    assert before == {16, 64}
+    assert roster.block_sizes(WorkerRole.DECODE, "m") == {64}
+    assert roster.block_sizes(WorkerRole.PREFILL, "m") == frozenset()
 
 
 def test_a_model_that_nobody_served_is_found_once_somebody_does() -> None:

@@ -1,4 +1,4 @@
-"""The model in models/speaks answers in the sentences that it was taught, however it is asked."""
+"""The model that kvmesh brings answers in the sentences that it was taught, however it is asked."""
 
 import importlib
 import stat
@@ -15,11 +15,11 @@ from kvmesh.engines.engine import FinishReason, Sampling
 from kvmesh.engines.numpy_llama import NumpyLlamaEngine
 from kvmesh.engines.numpy_llama_options import NumpyLlamaOptions
 from kvmesh.engines.numpy_llama_weights import LlamaWeights, load_weights
+from kvmesh.models import SPEAKS
 from kvmesh.testing.engine_contract import attempt, run_all, token_request
 from kvmesh.tokenizing.folder_tokenizer import FolderTokenizer
 
 REPOSITORY = Path(__file__).parents[3]
-FOLDER = REPOSITORY / "models" / "speaks"
 MAX_BYTES = 3_000_000
 MAX_TOKENS = 80
 
@@ -88,12 +88,12 @@ UNTAUGHT_WORDINGS = {
 
 @cache
 def weights_of(dtype: str) -> LlamaWeights:
-    return load_weights(FOLDER, dtype=dtype)
+    return load_weights(SPEAKS, dtype=dtype)
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> FolderTokenizer:
-    return FolderTokenizer.load(FOLDER)
+    return FolderTokenizer.load(SPEAKS)
 
 
 def ask(
@@ -183,7 +183,7 @@ def test_sampling_at_temperature_1_gives_the_same_sentences_nearly_always(tokeni
 
 
 def test_folder_is_small_and_everybody_may_read_it() -> None:
-    files = [file for file in FOLDER.iterdir() if file.is_file()]
+    files = [file for file in SPEAKS.iterdir() if file.is_file()]
 
     assert sum(file.stat().st_size for file in files) <= MAX_BYTES
     assert {file.name for file in files} >= {
@@ -195,8 +195,8 @@ def test_folder_is_small_and_everybody_may_read_it() -> None:
 def test_transformers_say_the_same(tokenizer: FolderTokenizer) -> None:
     torch = pytest.importorskip("torch", reason="torch is not installed: numpy_llama alone reads the folder")
     transformers = pytest.importorskip("transformers", reason="transformers is not installed: as above")
-    model = transformers.AutoModelForCausalLM.from_pretrained(FOLDER).float()
-    theirs = transformers.AutoTokenizer.from_pretrained(FOLDER)
+    model = transformers.AutoModelForCausalLM.from_pretrained(SPEAKS).float()
+    theirs = transformers.AutoTokenizer.from_pretrained(SPEAKS)
 
     for prompt, expected in SEEDS.items():
         rendered = theirs.apply_chat_template(

@@ -1,11 +1,13 @@
 """JSON into messages: what is refused, and where it says the fault is."""
 
+import json
 import time
 
 import pytest
+from google.protobuf import struct_pb2
 
 from kvmesh.core.errors import FixRequestError
-from kvmesh.gateway.json_messages import load_json, merge_json, to_dict
+from kvmesh.gateway.json_messages import in_one_line, load_json, merge_json, to_dict, to_json
 from kvmesh.v1 import frontend_pb2, generation_pb2
 
 
@@ -107,3 +109,45 @@ def test_messages_are_told_with_proto_names_and_defaults() -> None:
             },
         }
     }
+
+
+@pytest.mark.parametrize("text", ["", "AP8=", "AP8", "-_8=", "+/8="])
+def test_bytes_are_base64_of_either_alphabet_padded_or_not(text: str) -> None:
+    message = generation_pb2.TokenLogprobs()
+
+    merge_json({"top": [{"output_bytes": text}]}, message)
+
+    assert len(message.top[0].output_bytes) == (2 if text else 0)
+
+
+@pytest.mark.parametrize("text", ["%", "A", "AP8=A", "A P8", "AP8===", "é"])
+def test_text_that_is_no_base64_is_refused_and_not_read_in_part(text: str) -> None:
+    with pytest.raises(FixRequestError, match="must be base64 text") as refused:
+        merge_json({"top": [{}, {"outputBytes": text}]}, generation_pb2.TokenLogprobs())
+
+    assert refused.value.field == "top[1].outputBytes"
+
+
+def test_a_message_is_one_line_to_readers_that_know_other_line_ends() -> None:
+    text = "a\u2028b\u2029c\x85d\né"
+
+    line = in_one_line(to_json(generation_pb2.Chunk(text=text)))
+
+    assert len(line.decode().splitlines()) == 1
+    assert json.loads(line)["text"] == text
+
+
+@pytest.mark.parametrize("value", [None, 3.0, "a", [1.0, {"b": []}], {"number_value": 1.0, "string_value": "x"}])
+def test_a_body_of_any_json_is_taken_where_the_message_is_any_json(value: object) -> None:
+    message = struct_pb2.Value()
+
+    merge_json(value, message)
+
+    assert json.loads(to_json(message)) == value
+
+
+def test_a_body_of_the_wrong_json_is_refused_where_the_message_is_a_list() -> None:
+    with pytest.raises(FixRequestError) as refused:
+        merge_json("text", struct_pb2.ListValue())
+
+    assert refused.value.field == "body"

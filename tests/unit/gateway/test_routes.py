@@ -1,17 +1,22 @@
 """Rules made from annotations: which path and verb reach which method, with which values."""
 
+from typing import Any
+
 import pytest
 from google.api import annotations_pb2, http_pb2
-from google.protobuf import descriptor_pb2, descriptor_pool, duration_pb2
+from google.protobuf import descriptor_pb2, descriptor_pool, duration_pb2, json_format, struct_pb2, wrappers_pb2
 from google.protobuf.descriptor import ServiceDescriptor
 
 from kvmesh.core.errors import FixRequestError
 from kvmesh.gateway.request_binding import bind_request
 from kvmesh.gateway.routes import HttpRule, rules_of
-from kvmesh.v1 import frontend_pb2, worker_control_pb2
+from kvmesh.v1 import frontend_pb2, router_pb2, worker_control_pb2
 
 Field = descriptor_pb2.FieldDescriptorProto
-_ = duration_pb2.DESCRIPTOR  # the pool needs it before a file that imports it
+Value = descriptor_pb2.EnumValueDescriptorProto
+EMPTY = {"id": "", "tags": [], "is_dry": False, "color": "COLOR_UNSPECIFIED", "data": ""}
+"""A request of `service` with nothing in it, as JSON."""
+IMPORTED = [duration_pb2, struct_pb2, wrappers_pb2]
 
 
 def service(name: str, *rules: http_pb2.HttpRule) -> ServiceDescriptor:
@@ -21,7 +26,7 @@ def service(name: str, *rules: http_pb2.HttpRule) -> ServiceDescriptor:
         name=f"kvmesh_routes_test/{name}.proto",
         package=package,
         syntax="proto3",
-        dependency=["google/api/annotations.proto", "google/protobuf/duration.proto"],
+        dependency=["google/api/annotations.proto", *(imported.DESCRIPTOR.name for imported in IMPORTED)],
     )
     item = file.message_type.add(name="Item")
     item.field.add(name="item_name", number=1, type=Field.TYPE_STRING, label=Field.LABEL_OPTIONAL)
@@ -44,6 +49,22 @@ def service(name: str, *rules: http_pb2.HttpRule) -> ServiceDescriptor:
     for index, rule in enumerate(rules):
         method = calls.method.add(name=f"M{index}", input_type=f".{package}.Call", output_type=f".{package}.Item")
         method.options.Extensions[annotations_pb2.http].CopyFrom(rule)
+    kinds = {"is_set": "BoolValue", "count": "Int32Value", "name": "StringValue", "extra": "Struct"}
+    for number, (field_name, kind) in enumerate(kinds.items(), start=6):
+        call.field.add(
+            name=field_name,
+            number=number,
+            type=Field.TYPE_MESSAGE,
+            type_name=f".google.protobuf.{kind}",
+            label=Field.LABEL_OPTIONAL,
+        )
+    file.enum_type.add(name="Color").value.extend(
+        [Value(name="COLOR_UNSPECIFIED", number=0), Value(name="COLOR_RED", number=1)]
+    )
+    call.field.add(
+        name="color", number=10, type=Field.TYPE_ENUM, type_name=f".{package}.Color", label=Field.LABEL_OPTIONAL
+    )
+    call.field.add(name="data", number=11, type=Field.TYPE_BYTES, label=Field.LABEL_OPTIONAL)
     descriptor_pool.Default().AddSerializedFile(file.SerializeToString())
     return descriptor_pool.Default().FindServiceByName(f"{package}.Calls")
 
@@ -70,9 +91,9 @@ def test_every_annotated_method_of_the_frontend_has_its_rule() -> None:
 
 
 def test_methods_without_annotation_have_no_rule() -> None:
-    rules = rules_of([worker_control_pb2.DESCRIPTOR.services_by_name["WorkerControl"]])
+    rules = rules_of([router_pb2.DESCRIPTOR.services_by_name["Router"]])
 
-    assert [rule.method.name for rule in rules] == ["Drain"]
+    assert not {rule.method.name for rule in rules} & {"Reserve", "ReportProgress", "Release"}
 
 
 @pytest.mark.parametrize(
@@ -88,7 +109,8 @@ def test_methods_without_annotation_have_no_rule() -> None:
     ],
 )
 def test_a_variable_of_many_segments_ends_at_the_verb(path: str, values: dict[str, str] | None) -> None:
-    (rule,) = rules_of([worker_control_pb2.DESCRIPTOR.services_by_name["WorkerControl"]])
+    rules = rules_of([worker_control_pb2.DESCRIPTOR.services_by_name["WorkerControl"]])
+    rule = next(rule for rule in rules if rule.method.name == "Drain")
 
     assert rule.match(path) == values
 
@@ -108,11 +130,13 @@ def test_the_more_specific_path_is_asked_first() -> None:
                 http_pb2.HttpRule(get="/calls/{id}"),
                 http_pb2.HttpRule(get="/calls/{id}:stop"),
                 http_pb2.HttpRule(get="/calls/dead"),
+                http_pb2.HttpRule(get="/{id=calls/**}"),
             )
         ]
     )
 
-    assert [called(list(rules), path) for path in ("/calls/7", "/calls/7:stop", "/calls/dead")] == ["M0", "M1", "M2"]
+    paths = ["/calls/7", "/calls/7:stop", "/calls/dead", "/calls/7/more"]
+    assert [called(list(rules), path) for path in paths] == ["M0", "M1", "M2", "M3"]
 
 
 def test_additional_bindings_are_rules_of_their_own() -> None:
@@ -127,6 +151,8 @@ def test_additional_bindings_are_rules_of_their_own() -> None:
     ("name", "rule"),
     [
         ("bad_variable", http_pb2.HttpRule(get="/calls/{nothing}")),
+        ("repeated_variable", http_pb2.HttpRule(get="/calls/{tags}")),
+        ("message_variable", http_pb2.HttpRule(get="/calls/{item}")),
         ("bad_body", http_pb2.HttpRule(post="/calls", body="nothing")),
         ("response_body", http_pb2.HttpRule(get="/calls", response_body="size")),
         ("custom", http_pb2.HttpRule(custom=http_pb2.CustomHttpPattern(kind="HEAD", path="/calls"))),
@@ -150,7 +176,8 @@ async def test_query_parameters_reach_nested_repeated_and_well_known_fields() ->
     message = await bind_request(
         rule,
         path_values={"id": "c1"},
-        query=b"item.itemName=n%C3%A4me&item.size=3&tags=a&tags=b&is_dry=true&wait=1.5s",
+        query=b"item.itemName=n%C3%A4me&item.size=3&tags=a&tags=b&is_dry=true&wait=1.5s"
+        b"&is_set=false&count=0&name=n&color=COLOR_RED&data=AP8",
         body=b"",
     )
 
@@ -161,7 +188,31 @@ async def test_query_parameters_reach_nested_repeated_and_well_known_fields() ->
         "tags": ["a", "b"],
         "is_dry": True,
         "wait": "1.500s",
+        "is_set": False,
+        "count": 0,
+        "name": "n",
+        "color": "COLOR_RED",
+        "data": "AP8=",
     }
+
+
+@pytest.mark.parametrize(("text", "value"), [("true", True), ("false", False)])
+async def test_a_path_may_hold_a_boolean(text: str, value: bool) -> None:
+    rule = only_rule(f"boolean_{text}", http_pb2.HttpRule(get="/calls/{is_dry}"))
+
+    message = await bind_request(rule, path_values={"is_dry": text}, query=b"", body=b"")
+
+    assert _json(message)["is_dry"] is value
+
+
+async def test_more_query_parameters_than_anybody_needs_are_refused() -> None:
+    rule = only_rule("many", http_pb2.HttpRule(get="/calls"))
+    some = await bind_request(rule, path_values={}, query=b"&".join([b"tags=a"] * 1000), body=b"")
+
+    with pytest.raises(FixRequestError, match="1000 query parameters"):
+        await bind_request(rule, path_values={}, query=b"&".join([b"tags=a"] * 1001), body=b"")
+
+    assert len(_json(some)["tags"]) == 1000
 
 
 async def test_a_body_of_one_field_leaves_the_others_to_path_and_query() -> None:
@@ -169,7 +220,7 @@ async def test_a_body_of_one_field_leaves_the_others_to_path_and_query() -> None
 
     message = await bind_request(rule, path_values={"id": "c1"}, query=b"tags=a", body=b'{"size": 3}')
 
-    assert _json(message) == {"id": "c1", "item": {"item_name": "", "size": 3}, "tags": ["a"], "is_dry": False}
+    assert _json(message) == {**EMPTY, "id": "c1", "item": {"item_name": "", "size": 3}, "tags": ["a"]}
 
 
 async def test_the_path_wins_over_the_body() -> None:
@@ -177,7 +228,7 @@ async def test_the_path_wins_over_the_body() -> None:
 
     message = await bind_request(rule, path_values={"id": "path"}, query=b"", body=b'{"id": "body", "tags": ["a"]}')
 
-    assert _json(message) == {"id": "path", "tags": ["a"], "is_dry": False}
+    assert _json(message) == {**EMPTY, "id": "path", "tags": ["a"]}
 
 
 @pytest.mark.parametrize(
@@ -191,6 +242,10 @@ async def test_the_path_wins_over_the_body() -> None:
         (b"id=other", "id"),
         (b"item.size=1&item.size=2", "item.size"),
         (b"tags.x=1", "tags.x"),
+        (b"is_set=maybe", "is_set"),
+        (b"color=COLOR_GREEN", "color"),
+        (b"extra=1", "extra"),
+        (b"data=%25", "data"),
     ],
 )
 async def test_a_bad_query_parameter_is_named(query: bytes, field: str) -> None:
@@ -211,9 +266,7 @@ async def test_query_parameters_beside_a_whole_body_are_refused() -> None:
     assert refused.value.field == "id"
 
 
-def _json(message: object) -> object:
-    from google.protobuf import json_format
-
+def _json(message: object) -> dict[str, Any]:
     return json_format.MessageToDict(
         message,  # type: ignore[arg-type]  # a class made at run time
         preserving_proto_field_name=True,

@@ -45,6 +45,17 @@ def test_engines_of_one_plan_share_their_weights_and_are_equal_in_layout(folder:
     assert second.kv_memory() is not first.kv_memory()
 
 
+def test_without_a_model_it_computes_the_one_that_kvmesh_brings_in_blocks_of_four_tokens() -> None:
+    default, given = plan_engine(EngineSettings()), plan(None, options={"block_size": "8"})
+
+    assert default.model_name == "speaks"
+    assert default.min_uncached_tokens == 1
+    assert default.tokenizer is not None
+    assert default.tokenizer.vocab_size == 512
+    assert (default.build("NODE1").info.name, default.build("NODE1").info.block_size) == ("numpy_llama", 4)
+    assert given.build("NODE1").info.block_size == 8
+
+
 def test_name_that_is_given_is_served(folder: Path) -> None:
     assert plan(folder, model_name="mine").model_name == "mine"
 
@@ -59,7 +70,6 @@ def test_model_from_50_million_parameters_on_is_not_tiny(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "field", "named"),
     [
-        ({"model": None}, "engine.model", "needs a model: --model DIR"),
         ({"speedup": 2.0}, "engine.speedup", "numpy_llama models no time"),
         ({"options": {"dtype": "bfloat16"}}, "dtype", "not one of float32, float64"),
         ({"options": {"blok_size": "1"}}, "blok_size", "of the numpy_llama engine: the nearest is block_size"),

@@ -29,7 +29,8 @@ def test_defaults_are_a_loopback_mesh_of_two_decode_workers_and_one_prefill_work
     assert (settings.mesh.decode, settings.mesh.prefill) == (2, 1)
     assert (settings.http.host, settings.http.port) == ("127.0.0.1", 8000)
     assert (settings.grpc.host, settings.grpc.port) == ("127.0.0.1", 50051)
-    assert (settings.engine.name, settings.router.policy) == ("echo", "least_work")
+    assert (settings.engine.name, settings.router.policy) == ("numpy_llama", "least_work")
+    assert settings.process.transports == ("nixl", "shared_memory", "tcp")
 
 
 def test_settings_made_in_code_do_not_read_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,6 +132,14 @@ def test_any_free_port_is_another_for_each_door() -> None:
     settings = load_settings(overrides={"http.port": 0, "grpc.port": 0}).settings
 
     assert (settings.http.port, settings.grpc.port) == (0, 0)
+
+
+def test_node_labels_are_those_of_the_node() -> None:
+    mesh = load_settings(overrides={"mesh.node_labels": ["A:zone=a", "A:tier=x=y", "B:zone=b"]}).settings.mesh
+
+    assert mesh.labels_of("A") == {"zone": "a", "tier": "x=y"}
+    assert mesh.labels_of("C") == {}
+    assert "'A:zone' is not NODE:KEY=VALUE" in fault_of(mesh__node_labels="A:zone")
 
 
 def test_node_names_are_split_at_commas_and_taken_round_robin() -> None:

@@ -248,6 +248,11 @@ async def test_text_is_the_whole_output_under_the_clients_own_id() -> None:
     [
         (frontend_pb2.GenerateTextRequest(), Reason.EMPTY_PROMPT, "prompt"),
         (frontend_pb2.GenerateTextRequest(prompt="Hi", request_id="é" * 129), Reason.INVALID_FIELD, "request_id"),
+        (
+            frontend_pb2.GenerateTextRequest(prompt="Hi", sampling=generation_pb2.SamplingParams(logprobs=0)),
+            Reason.INVALID_FIELD,
+            "sampling.logprobs",
+        ),
     ],
 )
 async def test_a_bad_text_request_is_refused_by_its_own_field_names(

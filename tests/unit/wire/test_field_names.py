@@ -20,6 +20,8 @@ from kvmesh.wire.field_names import IN_GENERATE, IN_GENERATE_TEXT, fields_named
         (ChatRequest.mesh_fields, "prompt", "messages"),
         (ChatRequest.mesh_fields, "model", "model"),
         (CompletionRequest.mesh_fields, "prompt.token_ids", "prompt"),
+        (CompletionRequest.mesh_fields, "sampling.logprobs", "logprobs"),
+        (ChatRequest.mesh_fields, "sampling.response_format", "response_format"),
     ],
 )
 def test_the_longest_start_that_is_known_is_renamed(names: dict[str, str], field: str, called: str) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 
 from kvmesh.engines.engine import KvLayout
 from kvmesh.v1 import generation_pb2
-from kvmesh.wire.layout import layout_to_wire
+from kvmesh.wire.layout import describe_layout_difference, layout_to_wire
 
 LAYOUT = KvLayout(
     dtype="float16",
@@ -30,3 +30,14 @@ def test_layouts_that_differ_in_one_field_differ_on_the_wire() -> None:
 
     assert layout_to_wire(LAYOUT) == layout_to_wire(dataclasses.replace(LAYOUT))
     assert layout_to_wire(LAYOUT) != layout_to_wire(other)
+
+
+def test_difference_names_each_field_with_both_values() -> None:
+    other = dataclasses.replace(LAYOUT, order="layer,kv,head,token,dim", model_fingerprint="beef")
+
+    said = describe_layout_difference(layout_to_wire(LAYOUT), layout_to_wire(other))
+
+    assert said == (
+        "order 'layer,kv,token,head,dim' is wanted, 'layer,kv,head,token,dim' offered; "
+        "model_fingerprint 'f00d' is wanted, 'beef' offered"
+    )

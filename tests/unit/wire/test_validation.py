@@ -66,6 +66,13 @@ def test_prompt_with_something_in_it_passes(prompt: generation_pb2.Prompt) -> No
         (Sampling(stop=["a", "b", "c", "d", "e"]), "sampling.stop", "5 entries are too many: up to 4"),
         (Sampling(stop=["a", ""]), "sampling.stop[1]", "must not be empty"),
         (Sampling(stop=["a", "é" * 513]), "sampling.stop[1]", "1026 bytes are too many: up to 1024"),
+        (Sampling(logprobs=21), "sampling.logprobs", "21 is out of range: 0 to 20"),
+        (
+            Sampling(response_format="[]"),
+            "sampling.response_format",
+            'must be an object with a type, as in {"type": "json_object"}',
+        ),
+        (Sampling(response_format="é" * 32769), "sampling.response_format", "65538 bytes are too many: up to 65536"),
     ],
 )
 def test_sampling_out_of_range_is_refused_with_the_range(
@@ -83,7 +90,7 @@ def test_sampling_out_of_range_is_refused_with_the_range(
     [
         Sampling(),
         Sampling(max_tokens=1, temperature=0, top_p=1, top_k=0, seed=0),
-        Sampling(temperature=2, stop=["a", "b", "c", "é" * 512]),
+        Sampling(temperature=2, stop=["a", "b", "c", "é" * 512], logprobs=20, response_format='{"type": "text"}'),
     ],
     ids=["unset", "lowest", "highest"],
 )
@@ -173,3 +180,14 @@ def test_span_out_of_range_is_refused_by_its_path(value_s: float) -> None:
 def test_span_goes_to_the_wire_and_back(value_s: float, message: duration_pb2.Duration) -> None:
     assert validation.duration(value_s) == message
     assert validation.seconds(message, path="wait", high=60) == value_s
+
+
+def test_what_else_an_answer_should_have_is_kept_where_it_is_set() -> None:
+    asked = Sampling(logprobs=0, response_format='{"type": "json_object"}')
+
+    resolved = validation.resolve_sampling(asked, prompt_tokens=1, max_context_tokens=0)
+    unset = validation.resolve_sampling(Sampling(), prompt_tokens=1, max_context_tokens=0)
+
+    assert resolved.HasField("logprobs")
+    assert resolved.response_format == asked.response_format
+    assert not unset.HasField("logprobs")

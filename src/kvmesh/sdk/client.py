@@ -1,0 +1,191 @@
+"""Client: calls one endpoint of a component, at the instance it is told or at one that it chooses.
+
+An instance that is gone before its first answer is replaced once by another; after the first answer the caller is told.
+"""
+
+import asyncio
+import random
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import suppress
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
+
+from kvmesh.core.errors import FixRequestError, NotKnownError, Reason, TryElsewhereError
+from kvmesh.core.ids import WorkerId
+from kvmesh.core.roster import WorkerRecord
+from kvmesh.core.suggestions import suggestion
+from kvmesh.sdk.codec import PlainCodec, codec_of
+from kvmesh.sdk.context import context
+from kvmesh.sdk.contract import decode_contract
+from kvmesh.sdk.records import contract_text
+from kvmesh.services.channels import mesh_error
+
+if TYPE_CHECKING:
+    from kvmesh.sdk.runtime import Runtime
+
+Answers = AsyncGenerator[Any, None]
+_Choose = Callable[[Sequence[WorkerRecord]], WorkerRecord]
+_ATTEMPTS = 2
+
+
+class Client:
+    """Calls one endpoint. Requests are models, dicts, the text of a JSON object, or protobuf messages."""
+
+    def __init__(
+        self, runtime: "Runtime", namespace: str, component: str, endpoint: str, *, answer: Any = None
+    ) -> None:
+        """Answers are of the type `answer`, a pydantic model or a protobuf message; None = dicts and plain values."""
+        self._runtime = runtime
+        self._namespace = namespace
+        self._component = component
+        self._endpoint = endpoint
+        self._answer = answer
+        self._last = ""
+
+    @property
+    def address(self) -> str:
+        """namespace/component/endpoint."""
+        return f"{self._namespace}/{self._component}/{self._endpoint}"
+
+    def worker_ids(self) -> list[str]:
+        """Return the ids of the instances that take requests."""
+        return [record.worker_id for record in self._runtime.workers(self._namespace, self._component)]
+
+    async def wait_for_workers(self, count: int = 1, *, timeout_s: float = 30.0) -> list[str]:
+        """Wait until so many instances take requests, and return their ids. Raises: TryElsewhereError(NO_WORKERS)."""
+        return [record.worker_id for record in await self._live(count, timeout_s)]
+
+    async def generate(self, request: Any, *, timeout_s: float | None = None) -> Answers:
+        """Call the next instance in turn; see `round_robin`."""
+        return await self.round_robin(request, timeout_s=timeout_s)
+
+    async def round_robin(self, request: Any, *, timeout_s: float | None = None) -> Answers:
+        """Call the next instance in turn and return its answers; of an endpoint that does not stream, one.
+
+        `timeout_s` bounds the whole call. Raises: TryElsewhereError(NO_WORKERS) when nobody serves it for
+        `waits.route_s`, NotKnownError where they have no such endpoint; iterating raises what the endpoint raised.
+        """
+        return await self._call(request, self._next, timeout_s=timeout_s)
+
+    async def random(self, request: Any, *, timeout_s: float | None = None) -> Answers:
+        """Call any instance; otherwise as `round_robin`."""
+        return await self._call(request, random.choice, timeout_s=timeout_s)
+
+    async def direct(self, request: Any, worker_id: str, *, timeout_s: float | None = None) -> Answers:
+        """Call this instance; otherwise as `round_robin`. Raises: TryElsewhereError(NO_WORKERS) if it is not there."""
+
+        def choose(records: Sequence[WorkerRecord]) -> WorkerRecord:
+            for record in records:
+                if record.worker_id == worker_id:
+                    return record
+            known = ", ".join(record.worker_id for record in records)
+            raise TryElsewhereError(Reason.NO_WORKERS, f"{self.address}: no worker {worker_id!r} is live: {known}")
+
+        return await self._call(request, choose, timeout_s=timeout_s, attempts=1)
+
+    def _next(self, records: Sequence[WorkerRecord]) -> WorkerRecord:
+        """Take the first id after the last one taken: whoever comes or goes, the turn goes on."""
+        chosen = next((record for record in records if record.worker_id > self._last), records[0])
+        self._last = chosen.worker_id
+        return chosen
+
+    async def _call(
+        self, request: Any, choose: _Choose, *, timeout_s: float | None, attempts: int = _ATTEMPTS
+    ) -> Answers:
+        bound_s = self._runtime.waits.request_s if timeout_s is None else timeout_s
+        remaining_s = context.time_remaining()
+        deadline = asyncio.get_running_loop().time() + (bound_s if remaining_s is None else min(bound_s, remaining_s))
+        record = choose(await self._live(1, self._runtime.waits.route_s))
+        method = self._method(record)
+        data = PlainCodec(method.input_type).encode(request)
+        return self._answers(record, method, data, choose, deadline=deadline, attempts=attempts)
+
+    async def _answers(
+        self,
+        record: WorkerRecord,
+        method: MethodDescriptor,
+        data: bytes,
+        choose: _Choose,
+        *,
+        deadline: float,
+        attempts: int,
+    ) -> Answers:
+        failed: set[WorkerId] = set()
+        codec = codec_of(method.output_type, self._answer) if self._answer else PlainCodec(method.output_type)
+        while True:
+            has_answered = False
+            try:
+                async for answer in self._stream(record, method, data, deadline=deadline):
+                    has_answered = True
+                    yield codec.decode(answer)
+                return
+            except grpc.aio.AioRpcError as exc:
+                failed.add(record.worker_id)
+                others = [one for one in self._records() if one.worker_id not in failed]
+                is_gone = exc.code() is grpc.StatusCode.UNAVAILABLE
+                if has_answered or not is_gone or len(failed) >= attempts or not others:
+                    raise mesh_error(exc) from exc
+                record = choose(others)
+
+    async def _stream(
+        self, record: WorkerRecord, method: MethodDescriptor, data: bytes, *, deadline: float
+    ) -> AsyncGenerator[bytes, None]:
+        assert method.containing_service is not None
+        path = f"/{method.containing_service.full_name}/{method.name}"
+        channel = self._runtime.channels.get(record.address)
+        timeout_s = max(deadline - asyncio.get_running_loop().time(), 0.0)
+        if not method.server_streaming:
+            yield await channel.unary_unary(path, _as_is, _as_is)(data, timeout=timeout_s)
+            return
+        call = channel.unary_stream(path, _as_is, _as_is)(data, timeout=timeout_s)
+        try:
+            async for answer in call:
+                yield answer
+        finally:
+            with suppress(grpc.RpcError):
+                call.cancel()
+
+    def _records(self) -> tuple[WorkerRecord, ...]:
+        return self._runtime.workers(self._namespace, self._component)
+
+    async def _live(self, count: int, timeout_s: float) -> tuple[WorkerRecord, ...]:
+        try:
+            async with asyncio.timeout(timeout_s):
+                while len(records := self._records()) < count:
+                    await self._runtime.changed()
+                return records
+        except TimeoutError as exc:
+            known = ", ".join("/".join(one) for one in self._runtime.components()) or "none"
+            raise TryElsewhereError(
+                Reason.NO_WORKERS,
+                f"{len(self._records())} workers of {self._namespace}/{self._component} run, {count} are wanted; "
+                f"components that run: {known}",
+            ) from exc
+
+    def _method(self, record: WorkerRecord) -> MethodDescriptor:
+        text = contract_text(record)
+        if not text:
+            raise FixRequestError(
+                Reason.INVALID_FIELD, f"{self.address} is no component of the SDK: call it by the stubs of its contract"
+            )
+        service = _service(text)
+        method = service.methods_by_name.get(self._endpoint)
+        if method is None:
+            raise NotKnownError(
+                Reason.NOT_FOUND,
+                f"{self._namespace}/{self._component} has no endpoint {self._endpoint!r}; "
+                f"{suggestion(self._endpoint, list(service.methods_by_name))}",
+            )
+        return method
+
+
+@lru_cache(maxsize=256)
+def _service(text: str) -> ServiceDescriptor:
+    return decode_contract(text)[0]
+
+
+def _as_is(data: bytes) -> bytes:
+    return data
