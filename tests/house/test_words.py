@@ -29,5 +29,5 @@ def test_no_path_of_anybodys_machine_is_left() -> None:
 def test_lock_files_name_no_registry() -> None:
     locks = [(name, text) for name, text in committed_texts() if name.endswith((".lock", "package-lock.json"))]
 
-    assert len(locks) == 5
+    assert len(locks) == 8
     assert [name for name, text in locks if "://" in text.replace("https://opencollective", "")] == []
