@@ -204,14 +204,12 @@ async def component(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ServedComp
         yield served
 
 
-@pytest.fixture
-async def contract(component: ServedComponents, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def contract(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the file that `kvmesh proto` prints."""
-    shown = await asyncio.to_thread(
-        run_kvmesh, "proto", "basic_worker:YourWorker", PYTHONPATH=os.pathsep.join(sys.path)
-    )
+    shown = run_kvmesh("proto", "basic_worker:YourWorker", PYTHONPATH=str(ROOT / "examples" / "basic_worker"))
     assert shown.returncode == 0, shown.stderr
-    path = tmp_path / "worker.proto"
+    path = tmp_path_factory.mktemp("contract") / "worker.proto"
     path.write_text(shown.stdout)
     return path
 

@@ -30,7 +30,7 @@ class Cluster:
         self._store = f"etcd://{stack.enter_context(EtcdServer()).endpoint}"
 
     def serve(self, role: str, *flags: str) -> RoleProcess:
-        return self._stack.enter_context(RoleProcess(role, "--discovery", self._store, *flags))
+        return self._stack.enter_context(RoleProcess(role, "--engine", "echo", "--discovery", self._store, *flags))
 
 
 @pytest.fixture

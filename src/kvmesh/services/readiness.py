@@ -27,6 +27,8 @@ class Readiness:
         """Told whether the worker is ready when that changes."""
         self._worker_id = worker_id
         self._lacks: dict[Part, str] = {}
+        self._expected: set[Part] = set()
+        """Of those, what is on its way since the start: its arrival is no news."""
 
     @property
     def is_ready(self) -> bool:
@@ -35,15 +37,17 @@ class Readiness:
 
     def expect(self, part: Part, detail: str) -> None:
         """Lack `part` at the start, when it is on its way: nobody is warned."""
+        self._expected.add(part)
         self._set(part, detail)
 
     def set_lack(self, part: Part, detail: str) -> None:
         """Say why `part` is lacking, or "" once it is there. Idempotent."""
-        if not self._set(part, detail):
-            return
-        if detail:
+        was_expected = part in self._expected
+        self._expected.discard(part)
+        is_changed = self._set(part, detail)
+        if detail and (is_changed or was_expected):
             log.warning("worker.lacks", worker_id=self._worker_id, part=part.value, detail=detail)
-        else:
+        elif is_changed and not was_expected:
             log.info("worker.has", worker_id=self._worker_id, part=part.value)
 
     def close(self) -> None:
