@@ -126,7 +126,7 @@ def test_metrics_of_the_mesh_are_documented_and_named_alike() -> None:
 def test_labels_are_of_low_cardinality() -> None:
     allowed = {
         "service", "method", "code", "le", "route", "status", "outcome", "wait", "policy", "reason", "remote",
-        "transport", "quantile", "process", "cause", "mode", "stage",
+        "transport", "quantile", "process", "cause", "mode", "stage", "part",
     }  # fmt: skip
 
     families = text_string_to_metric_families(telemetry.exposition().decode())
