@@ -66,6 +66,23 @@ def test_roles_served_one_by_one_find_each_other_and_serve(cluster: Cluster) -> 
     assert prefill.wait_logged("prefill.completed")["worker_id"] == "rack2/prefill/0"
 
 
+@pytest.mark.parametrize("role", ["decode", "queue"])
+def test_role_whose_store_is_away_is_ready_only_once_it_is_registered(role: str) -> None:
+    with EtcdServer() as etcd:
+        endpoint = etcd.endpoint
+        etcd.kill()
+        with RoleProcess(role, "--engine", "echo", "--discovery", f"etcd://{endpoint}") as process:
+            process.wait_logged("registration.pending")
+            early = process.logged("role.ready")
+            etcd.start()
+            process.wait_logged("role.ready")
+            order = [line["event"] for line in process.log if line["event"] in {"discovery.reached", "role.ready"}]
+
+    assert early == []
+    assert order[-1] == "role.ready"
+    assert "discovery.reached" in order
+
+
 def test_each_role_shows_its_metrics_and_its_health(cluster: Cluster) -> None:
     queue = cluster.serve("queue")
 
@@ -91,6 +108,27 @@ def test_of_two_queues_the_second_takes_over_when_the_first_is_killed(cluster: C
     second.wait_logged("queue.worker_attached")
     done = len(prefill.logged("prefill.completed"))
     eventually(lambda: ask(frontend, "two").status_code == 200 and len(prefill.logged("prefill.completed")) > done)
+
+
+def ready(frontend: RoleProcess) -> int:
+    return httpx.get(f"{frontend.http_url}/readyz", trust_env=False, timeout=WAIT_S).status_code
+
+
+def test_frontend_whose_only_worker_is_killed_is_unready_while_its_record_still_stands(cluster: Cluster) -> None:
+    worker = cluster.serve("decode")
+    frontend = cluster.serve("frontend", "--http-port", "0")
+    frontend.wait_logged("role.ready")
+    before = (ask(frontend, "Hi").status_code, ready(frontend))
+
+    os.kill(worker.pid, signal.SIGKILL)
+    eventually(lambda: ready(frontend) == 503)
+    suspected = frontend.logged("worker.suspect")
+    cluster.serve("decode", "--index", "1")
+    eventually(lambda: ready(frontend) == 200)
+
+    assert before == (200, 200)
+    assert suspected == []  # so it was known before the record went
+    assert ask(frontend, "Hi").status_code == 200
 
 
 def test_what_waits_on_a_worker_that_hangs_goes_elsewhere_once_it_is_known_to(cluster: Cluster, tmp_path: Path) -> None:

@@ -342,3 +342,17 @@ async def test_stop_is_idempotent_and_needs_no_start() -> None:
     successor = control_server()
     assert await successor.start(LOOPBACK, port) == port
     await successor.drain_and_stop(GENEROUS_S)
+
+
+async def test_a_request_longer_than_the_limit_is_refused() -> None:
+    server = GrpcServer(max_request_bytes=1_024)
+    server.add(Control(answer), CONTROL, worker_control_pb2_grpc.add_WorkerControlServicer_to_server)
+    async with channel_to(server) as channel:
+        await control_stub(channel).GetInfo(worker_control_pb2.GetInfoRequest(worker_id="w" * 900), timeout=GENEROUS_S)
+
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await control_stub(channel).GetInfo(
+                worker_control_pb2.GetInfoRequest(worker_id="w" * 2_000), timeout=GENEROUS_S
+            )
+
+    assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED

@@ -70,6 +70,14 @@ async def test_every_route_is_listed_under_its_service_with_what_it_does(browser
     assert page.faults == []
 
 
+async def test_an_address_that_cannot_be_decoded_opens_nothing(browser: tuple[Chromium, str]) -> None:
+    page = await opened(browser, "#100%")
+
+    assert await page.evaluate("document.querySelectorAll('details.operation').length") == 7
+    assert await page.evaluate("document.querySelectorAll('details.operation[open]').length") == 0
+    assert page.faults == []
+
+
 async def test_a_word_finds_its_routes(browser: tuple[Chromium, str]) -> None:
     page = await opened(browser)
 

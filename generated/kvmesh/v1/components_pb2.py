@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1akvmesh/v1/components.proto\x12\tkvmesh.v1\"\x18\n\x16WatchComponentsRequest\"Y\n\x17WatchComponentsResponse\x12+\n\x07workers\x18\x01 \x03(\x0b\x32\x1a.kvmesh.v1.ComponentWorker\x12\x11\n\tnamespace\x18\x02 \x01(\t\"\x8a\x02\n\x0f\x43omponentWorker\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x06\x12\x0c\n\x04role\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x10\n\x08\x64raining\x18\x05 \x01(\x08\x12\x12\n\nblock_size\x18\x06 \x01(\r\x12\x14\n\x0ctotal_blocks\x18\x07 \x01(\x04\x12\r\n\x05ranks\x18\x08 \x01(\r\x12:\n\x08metadata\x18\t \x03(\x0b\x32(.kvmesh.v1.ComponentWorker.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x32h\n\nComponents\x12Z\n\x0fWatchComponents\x12!.kvmesh.v1.WatchComponentsRequest\x1a\".kvmesh.v1.WatchComponentsResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1akvmesh/v1/components.proto\x12\tkvmesh.v1\"\x18\n\x16WatchComponentsRequest\"\xb4\x01\n\x17WatchComponentsResponse\x12+\n\x07workers\x18\x01 \x03(\x0b\x32\x1a.kvmesh.v1.ComponentWorker\x12\x11\n\tnamespace\x18\x02 \x01(\t\x12\x10\n\x08snapshot\x18\x03 \x01(\x08\x12\x19\n\x11snapshot_complete\x18\x04 \x01(\x08\x12,\n\x04gone\x18\x05 \x03(\x0b\x32\x1e.kvmesh.v1.ComponentWorkerGone\"7\n\x13\x43omponentWorkerGone\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x06\"\x8a\x02\n\x0f\x43omponentWorker\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x06\x12\x0c\n\x04role\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x10\n\x08\x64raining\x18\x05 \x01(\x08\x12\x12\n\nblock_size\x18\x06 \x01(\r\x12\x14\n\x0ctotal_blocks\x18\x07 \x01(\x04\x12\r\n\x05ranks\x18\x08 \x01(\r\x12:\n\x08metadata\x18\t \x03(\x0b\x32(.kvmesh.v1.ComponentWorker.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x32h\n\nComponents\x12Z\n\x0fWatchComponents\x12!.kvmesh.v1.WatchComponentsRequest\x1a\".kvmesh.v1.WatchComponentsResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,12 +35,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_COMPONENTWORKER_METADATAENTRY']._serialized_options = b'8\001'
   _globals['_WATCHCOMPONENTSREQUEST']._serialized_start=41
   _globals['_WATCHCOMPONENTSREQUEST']._serialized_end=65
-  _globals['_WATCHCOMPONENTSRESPONSE']._serialized_start=67
-  _globals['_WATCHCOMPONENTSRESPONSE']._serialized_end=156
-  _globals['_COMPONENTWORKER']._serialized_start=159
-  _globals['_COMPONENTWORKER']._serialized_end=425
-  _globals['_COMPONENTWORKER_METADATAENTRY']._serialized_start=378
-  _globals['_COMPONENTWORKER_METADATAENTRY']._serialized_end=425
-  _globals['_COMPONENTS']._serialized_start=427
-  _globals['_COMPONENTS']._serialized_end=531
+  _globals['_WATCHCOMPONENTSRESPONSE']._serialized_start=68
+  _globals['_WATCHCOMPONENTSRESPONSE']._serialized_end=248
+  _globals['_COMPONENTWORKERGONE']._serialized_start=250
+  _globals['_COMPONENTWORKERGONE']._serialized_end=305
+  _globals['_COMPONENTWORKER']._serialized_start=308
+  _globals['_COMPONENTWORKER']._serialized_end=574
+  _globals['_COMPONENTWORKER_METADATAENTRY']._serialized_start=527
+  _globals['_COMPONENTWORKER_METADATAENTRY']._serialized_end=574
+  _globals['_COMPONENTS']._serialized_start=576
+  _globals['_COMPONENTS']._serialized_end=680
 # @@protoc_insertion_point(module_scope)

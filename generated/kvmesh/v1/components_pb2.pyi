@@ -37,31 +37,71 @@ Global___WatchComponentsRequest: _TypeAlias = WatchComponentsRequest  # noqa: Y0
 
 @_typing.final
 class WatchComponentsResponse(_message.Message):
-    """All of the mesh at one moment; it replaces what was sent before."""
+    """A part of a snapshot, or what changed since the message before."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     WORKERS_FIELD_NUMBER: _builtins.int
     NAMESPACE_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_COMPLETE_FIELD_NUMBER: _builtins.int
+    GONE_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     """Namespace in which these processes find each other."""
+    snapshot: _builtins.bool
+    """True: part of a snapshot. The first part replaces all that is known."""
+    snapshot_complete: _builtins.bool
+    """True on the last part of a snapshot."""
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___ComponentWorker]:
-        """Sorted by worker_id."""
+        """In a snapshot every worker, else those that came or changed, whole; sorted by worker_id."""
+
+    @_builtins.property
+    def gone(self) -> _containers.RepeatedCompositeFieldContainer[Global___ComponentWorkerGone]:
+        """Those that are gone, sorted by worker_id; a new incarnation of one is in `workers` only. Empty in a snapshot."""
 
     def __init__(
         self,
         *,
         workers: _abc.Iterable[Global___ComponentWorker] | None = ...,
         namespace: _builtins.str = ...,
+        snapshot: _builtins.bool = ...,
+        snapshot_complete: _builtins.bool = ...,
+        gone: _abc.Iterable[Global___ComponentWorkerGone] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["namespace", b"namespace", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gone", b"gone", "namespace", b"namespace", "snapshot", b"snapshot", "snapshot_complete", b"snapshot_complete", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WatchComponentsResponse: _TypeAlias = WatchComponentsResponse  # noqa: Y015
+
+@_typing.final
+class ComponentWorkerGone(_message.Message):
+    """One instance that is gone."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    """Its id."""
+    epoch: _builtins.int
+    """The incarnation that is gone, in ns since 1970; any other one of the id lives on."""
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ComponentWorkerGone: _TypeAlias = ComponentWorkerGone  # noqa: Y015
 
 @_typing.final
 class ComponentWorker(_message.Message):
@@ -101,7 +141,7 @@ class ComponentWorker(_message.Message):
     worker_id: _builtins.str
     """Stable id."""
     epoch: _builtins.int
-    """This incarnation; the highest live one of an id wins."""
+    """This incarnation, by when it began, in ns since 1970; the highest live one of an id wins."""
     role: _builtins.str
     """"component" for what is written with the SDK; else the role of the mesh that it plays, e.g. "decode"."""
     address: _builtins.str

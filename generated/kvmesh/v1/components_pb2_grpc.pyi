@@ -34,7 +34,9 @@ class ComponentsStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ComponentsAsyncStub: ...
     WatchComponents: _grpc.UnaryStreamMultiCallable[_components_pb2.WatchComponentsRequest, _components_pb2.WatchComponentsResponse]
-    """List every component's workers at once, then again whenever one comes, goes or changes, until cancelled."""
+    """List every component's workers at once, as a snapshot, then what comes, goes or changes, until cancelled: not more
+    often than every 50 ms, in messages below 1 MiB unless one worker alone takes more. No errors of its own.
+    """
 
 @_typing.type_check_only
 class ComponentsAsyncStub(ComponentsStub):
@@ -42,7 +44,9 @@ class ComponentsAsyncStub(ComponentsStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     WatchComponents: _aio.UnaryStreamMultiCallable[_components_pb2.WatchComponentsRequest, _components_pb2.WatchComponentsResponse]  # type: ignore[assignment]
-    """List every component's workers at once, then again whenever one comes, goes or changes, until cancelled."""
+    """List every component's workers at once, as a snapshot, then what comes, goes or changes, until cancelled: not more
+    often than every 50 ms, in messages below 1 MiB unless one worker alone takes more. No errors of its own.
+    """
 
 class ComponentsServicer(metaclass=_abc_1.ABCMeta):
     """Served by the frontend, so that a program without access to the store of discovery finds the components it calls."""
@@ -53,6 +57,8 @@ class ComponentsServicer(metaclass=_abc_1.ABCMeta):
         request: _components_pb2.WatchComponentsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_components_pb2.WatchComponentsResponse], _abc.AsyncIterator[_components_pb2.WatchComponentsResponse]]:
-        """List every component's workers at once, then again whenever one comes, goes or changes, until cancelled."""
+        """List every component's workers at once, as a snapshot, then what comes, goes or changes, until cancelled: not more
+        often than every 50 ms, in messages below 1 MiB unless one worker alone takes more. No errors of its own.
+        """
 
 def add_ComponentsServicer_to_server(servicer: ComponentsServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -163,7 +163,7 @@ class RouterServicer(object):
 
     def WatchDecisions(self, request, context):
         """Stream what this router decided lately, at once, then what it decides from there on, in lists. It shows decisions to
-        people: whoever needs every one of them reads the decision log.
+        people: whoever needs every one of them reads the decision log. INVALID_FIELD for a value out of its range.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

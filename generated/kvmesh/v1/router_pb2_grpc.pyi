@@ -56,7 +56,7 @@ class RouterStub:
     """Stream the aggregate of all workers' loads: at once, then at every interval."""
     WatchDecisions: _grpc.UnaryStreamMultiCallable[_router_pb2.WatchDecisionsRequest, _router_pb2.WatchDecisionsResponse]
     """Stream what this router decided lately, at once, then what it decides from there on, in lists. It shows decisions to
-    people: whoever needs every one of them reads the decision log.
+    people: whoever needs every one of them reads the decision log. INVALID_FIELD for a value out of its range.
     """
     DumpIndex: _grpc.UnaryStreamMultiCallable[_router_pb2.DumpIndexRequest, _router_pb2.DumpIndexResponse]
     """Stream the whole index as it is at one moment, parents before children, in messages below 1 MiB. For debugging: the
@@ -91,7 +91,7 @@ class RouterAsyncStub(RouterStub):
     """Stream the aggregate of all workers' loads: at once, then at every interval."""
     WatchDecisions: _aio.UnaryStreamMultiCallable[_router_pb2.WatchDecisionsRequest, _router_pb2.WatchDecisionsResponse]  # type: ignore[assignment]
     """Stream what this router decided lately, at once, then what it decides from there on, in lists. It shows decisions to
-    people: whoever needs every one of them reads the decision log.
+    people: whoever needs every one of them reads the decision log. INVALID_FIELD for a value out of its range.
     """
     DumpIndex: _aio.UnaryStreamMultiCallable[_router_pb2.DumpIndexRequest, _router_pb2.DumpIndexResponse]  # type: ignore[assignment]
     """Stream the whole index as it is at one moment, parents before children, in messages below 1 MiB. For debugging: the
@@ -183,7 +183,7 @@ class RouterServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_router_pb2.WatchDecisionsResponse], _abc.AsyncIterator[_router_pb2.WatchDecisionsResponse]]:
         """Stream what this router decided lately, at once, then what it decides from there on, in lists. It shows decisions to
-        people: whoever needs every one of them reads the decision log.
+        people: whoever needs every one of them reads the decision log. INVALID_FIELD for a value out of its range.
         """
 
     @_abc_1.abstractmethod

@@ -52,14 +52,16 @@ class WorkerControlServicer(object):
     """
 
     def Drain(self, request, context):
-        """Take nothing new, finish what runs, cancel the rest when the time is up. Answers when empty. Idempotent.
+        """Take nothing new, finish what runs, cancel the rest when the time is up. Answers when empty. Idempotent. Errors as
+        GetInfo, and INVALID_FIELD for a time below 0 or above a day.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetInfo(self, request, context):
-        """What the worker is and does. Idempotent.
+        """What the worker is and does. Idempotent. NOT_FOUND for another worker than the one that is asked; at a frontend for
+        one that it does not know, and INVALID_FIELD where none is named.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -34,9 +34,13 @@ class WorkerControlStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> WorkerControlAsyncStub: ...
     Drain: _grpc.UnaryUnaryMultiCallable[_worker_control_pb2.DrainRequest, _worker_control_pb2.DrainResponse]
-    """Take nothing new, finish what runs, cancel the rest when the time is up. Answers when empty. Idempotent."""
+    """Take nothing new, finish what runs, cancel the rest when the time is up. Answers when empty. Idempotent. Errors as
+    GetInfo, and INVALID_FIELD for a time below 0 or above a day.
+    """
     GetInfo: _grpc.UnaryUnaryMultiCallable[_worker_control_pb2.GetInfoRequest, _worker_control_pb2.GetInfoResponse]
-    """What the worker is and does. Idempotent."""
+    """What the worker is and does. Idempotent. NOT_FOUND for another worker than the one that is asked; at a frontend for
+    one that it does not know, and INVALID_FIELD where none is named.
+    """
 
 @_typing.type_check_only
 class WorkerControlAsyncStub(WorkerControlStub):
@@ -44,9 +48,13 @@ class WorkerControlAsyncStub(WorkerControlStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Drain: _aio.UnaryUnaryMultiCallable[_worker_control_pb2.DrainRequest, _worker_control_pb2.DrainResponse]  # type: ignore[assignment]
-    """Take nothing new, finish what runs, cancel the rest when the time is up. Answers when empty. Idempotent."""
+    """Take nothing new, finish what runs, cancel the rest when the time is up. Answers when empty. Idempotent. Errors as
+    GetInfo, and INVALID_FIELD for a time below 0 or above a day.
+    """
     GetInfo: _aio.UnaryUnaryMultiCallable[_worker_control_pb2.GetInfoRequest, _worker_control_pb2.GetInfoResponse]  # type: ignore[assignment]
-    """What the worker is and does. Idempotent."""
+    """What the worker is and does. Idempotent. NOT_FOUND for another worker than the one that is asked; at a frontend for
+    one that it does not know, and INVALID_FIELD where none is named.
+    """
 
 class WorkerControlServicer(metaclass=_abc_1.ABCMeta):
     """Control of one worker."""
@@ -57,7 +65,9 @@ class WorkerControlServicer(metaclass=_abc_1.ABCMeta):
         request: _worker_control_pb2.DrainRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_worker_control_pb2.DrainResponse, _abc.Awaitable[_worker_control_pb2.DrainResponse]]:
-        """Take nothing new, finish what runs, cancel the rest when the time is up. Answers when empty. Idempotent."""
+        """Take nothing new, finish what runs, cancel the rest when the time is up. Answers when empty. Idempotent. Errors as
+        GetInfo, and INVALID_FIELD for a time below 0 or above a day.
+        """
 
     @_abc_1.abstractmethod
     def GetInfo(
@@ -65,6 +75,8 @@ class WorkerControlServicer(metaclass=_abc_1.ABCMeta):
         request: _worker_control_pb2.GetInfoRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_worker_control_pb2.GetInfoResponse, _abc.Awaitable[_worker_control_pb2.GetInfoResponse]]:
-        """What the worker is and does. Idempotent."""
+        """What the worker is and does. Idempotent. NOT_FOUND for another worker than the one that is asked; at a frontend for
+        one that it does not know, and INVALID_FIELD where none is named.
+        """
 
 def add_WorkerControlServicer_to_server(servicer: WorkerControlServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -18,21 +18,31 @@ def status(
     target: Target = DEFAULT_TARGET,
     timeout: Timeout = 5.0,
 ) -> None:
-    """Show workers, queue and counters."""
+    """Show workers, components, queue and counters."""
     from kvmesh.cli.calls import open_channel
+    from kvmesh.sdk.listing import list_components
     from kvmesh.v1 import frontend_pb2, frontend_pb2_grpc
 
     with open_channel(target) as channel:
         stub = frontend_pb2_grpc.FrontendStub(channel)
         topology = stub.GetTopology(frontend_pb2.GetTopologyRequest(), timeout=timeout).topology
+        components = list_components(channel, timeout_s=timeout)
+    from kvmesh.cli.status_components import components_json, components_table
+
     if as_json:
-        typer.echo(json.dumps(topology_json(topology), indent=2))
+        shown = topology_json(topology) | {"components": components_json(components)}
+        typer.echo(json.dumps(shown, indent=2))
         return
     from kvmesh.cli.console import output_console
     from kvmesh.cli.view import topology_view
 
     console = output_console()
-    console.print(topology_view(topology, width=console.width))
+    if topology.workers or not components:
+        console.print(topology_view(topology, width=console.width))
+    if topology.workers and components:
+        console.print()
+    if components:
+        console.print(components_table(components))
 
 
 def topology_json(topology: "frontend_pb2.Topology") -> dict[str, Any]:

@@ -11,6 +11,8 @@ from kvmesh.cli.status import state_name
 from kvmesh.v1 import frontend_pb2
 
 _BAR_WIDTH = 16
+_LABEL_WIDTH = 10
+"""Of what stands before the addresses and the command."""
 _WIDTH_WITH_BARS = 100
 """From here on the table has room for the bars beside its figures."""
 _STATE_STYLES = {"ready": "green", "draining": "yellow", "suspect": "red"}
@@ -50,7 +52,7 @@ def mesh_view(
     return Group(
         Text.assemble(("kvmesh    ", "bold"), f"http://{doors.http_address}", ("  gRPC ", "dim"), doors.grpc_address),
         Text.assemble(("dashboard ", "dim"), f"http://{doors.http_address}/"),
-        Text.assemble(("try       ", "dim"), curl_line(doors.http_address)),
+        Text.assemble(("try       ", "dim"), curl_line(doors.http_address, width=width - _LABEL_WIDTH)),
         Text(),
         topology_view(topology, tokens_per_s=tokens_per_s, max_workers=max_workers, width=width),
         Text("Ctrl-C stops the mesh", style="dim"),
@@ -139,10 +141,11 @@ def cache_line(topology: frontend_pb2.Topology) -> Text:
     return Text(f"cache     {hits} of prompt tokens hit, {predicted} predicted by {topology.policy}{by}")
 
 
-def curl_line(http_address: str) -> str:
-    """Return a command that sends the hello world."""
-    body = '{"prompt": "Tell me a joke"}'
-    return f"curl -s http://{http_address}/generate -H 'content-type: application/json' -d '{body}'"
+def curl_line(http_address: str, *, width: int = _WIDTH_WITH_BARS) -> str:
+    """Return a command that sends the hello world; beyond `width` it goes on in a second line, for the shell too."""
+    call, body = f"curl -s {http_address}/generate", """-d '{"prompt": "Tell me a joke"}'"""
+    between = " " if len(call) + 1 + len(body) <= width else " \\\n" + " " * _LABEL_WIDTH
+    return f"{call}{between}{body}"
 
 
 def _size(count_bytes: int) -> str:

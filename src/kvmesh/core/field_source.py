@@ -82,7 +82,9 @@ class FieldSource:
         records = self._roster.of(query.role, query.model)
         if records:
             return records
-        if self._roster.records(query.role) and query.model not in self._roster.models():
+        if not self._roster.records(query.role):  # the model is of no matter: it may be a default that nobody asked for
+            raise TryElsewhereError(Reason.NO_WORKERS, f"this mesh has no {query.role.value} workers")
+        if query.model not in self._roster.models():
             raise NotKnownError(Reason.UNKNOWN_MODEL, f"no worker serves model {query.model!r}", field="model")
         raise TryElsewhereError(Reason.NO_WORKERS, f"no {query.role.value} worker of {query.model!r} is alive")
 

@@ -28,5 +28,6 @@ def choose_prefill_worker(
 ) -> PrefillCandidate | None:
     """Return the candidate of the lowest cost, ties at random; None where there is none."""
     costs = [one.tokens_in_flight + max(prompt_tokens - one.cached_tokens, 0) for one in candidates]
-    cheapest = [one for one, cost in zip(candidates, costs, strict=True) if cost == min(costs)]
+    lowest = min(costs, default=0)
+    cheapest = [one for one, cost in zip(candidates, costs, strict=True) if cost == lowest]
     return rng.choice(cheapest) if cheapest else None

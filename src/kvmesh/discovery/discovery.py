@@ -56,6 +56,9 @@ class Registration(Protocol):
         ConflictError(STALE_EPOCH) if a higher epoch is live; NotKnownError(NOT_FOUND) after `stop`.
         """
 
+    async def wait_registered(self) -> None:
+        """Wait until the store has held the record once; not bounded here."""
+
     async def stop(self) -> None:
         """Say that the worker stopped, then delete the record: watchers remove it at once. Idempotent."""
 

@@ -1,7 +1,7 @@
 """Discovery read through a mesh's gRPC door: for programs that call components and have no access to the store."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
 import grpc
@@ -10,17 +10,18 @@ from kvmesh import telemetry
 from kvmesh.core.errors import NotServedError, Reason
 from kvmesh.core.ids import Epoch, WorkerId
 from kvmesh.core.roster import WorkerRecord, WorkerRole
-from kvmesh.discovery.discovery import DiscoveryEvent, Registration, Snapshot
+from kvmesh.discovery.discovery import Deleted, DiscoveryEvent, Put, Registration, Snapshot
 from kvmesh.v1 import components_pb2, components_pb2_grpc
 
 log = telemetry.logger(__name__)
 
 _RETRY_S = 0.5
 _ROLES = {role.value: role for role in WorkerRole}
+"""Of this release: a newer mesh may have more."""
 
 
 class DoorDiscovery:
-    """The Discovery of a program beside the mesh; it only reads. Each message of the door is a snapshot."""
+    """The Discovery of a program beside the mesh; it only reads."""
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
         """Ask on `channel`, which stays the caller's to close."""
@@ -35,11 +36,13 @@ class DoorDiscovery:
     async def watch(self, namespace: str) -> AsyncGenerator[DiscoveryEvent, None]:
         """See Discovery.watch; the namespace is the door's own. While the door is away nothing changes."""
         while not self._closing.is_set():
+            reader = WatchReader()
             call = self._stub.WatchComponents(components_pb2.WatchComponentsRequest(), wait_for_ready=True)
             self._calls.add(call)
             try:
                 async for response in call:
-                    yield Snapshot(tuple(_records(response)))
+                    for event in reader.events(response):
+                        yield event
             except grpc.aio.AioRpcError as exc:
                 log.info("door.lost", error=exc.code().name)
             except asyncio.CancelledError:
@@ -62,22 +65,39 @@ class DoorDiscovery:
             call.cancel()
 
 
-def _records(response: components_pb2.WatchComponentsResponse) -> list[WorkerRecord]:
-    """Return the records that this release knows the roles of."""
-    return [
-        WorkerRecord(
-            worker_id=WorkerId(worker.worker_id),
-            epoch=Epoch(worker.epoch),
-            role=_ROLES[worker.role],
-            models=(),
-            namespace=response.namespace,
-            block_size=max(worker.block_size, 1),
-            total_blocks=worker.total_blocks,
-            ranks=max(worker.ranks, 1),
-            draining=worker.draining,
-            address=worker.address,
-            metadata=dict(worker.metadata),
-        )
-        for worker in response.workers
-        if worker.role in _ROLES
-    ]
+class WatchReader:
+    """Reads the messages of one watch."""
+
+    def __init__(self) -> None:
+        self._parts: list[WorkerRecord] = []
+        """Of a snapshot that is not complete yet."""
+
+    def events(self, response: components_pb2.WatchComponentsResponse) -> Iterator[DiscoveryEvent]:
+        """Yield what a message makes known: nothing before the last part of a snapshot."""
+        records = [_record(worker, response.namespace) for worker in response.workers if worker.role in _ROLES]
+        if response.snapshot:
+            self._parts += records
+            if response.snapshot_complete:
+                yield Snapshot(tuple(self._parts))
+                self._parts = []
+            return
+        for one in response.gone:  # the door has asked it, or it said so itself: it is no suspect
+            yield Deleted(WorkerId(one.worker_id), Epoch(one.epoch), graceful=True)
+        for record in records:
+            yield Put(record)
+
+
+def _record(worker: components_pb2.ComponentWorker, namespace: str) -> WorkerRecord:
+    return WorkerRecord(
+        worker_id=WorkerId(worker.worker_id),
+        epoch=Epoch(worker.epoch),
+        role=_ROLES[worker.role],
+        models=(),
+        namespace=namespace,
+        block_size=max(worker.block_size, 1),
+        total_blocks=worker.total_blocks,
+        ranks=max(worker.ranks, 1),
+        draining=worker.draining,
+        address=worker.address,
+        metadata=dict(worker.metadata),
+    )

@@ -37,6 +37,10 @@ class EtcdRegistration:
         """Set when the upkeep should not wait for its turn."""
         self._settled = asyncio.Event()
         """Set once the record stands, or cannot."""
+        self._registered = asyncio.Event()
+        """Set once the record has stood."""
+        self._is_starting = True
+        """False once `start` is over: nobody is left to raise a conflict to."""
         self._upkeep: asyncio.Task[None] | None = None
         self._log = log.bind(worker_id=record.worker_id, epoch=record.epoch)
 
@@ -60,7 +64,13 @@ class EtcdRegistration:
         except asyncio.CancelledError:
             await self.aclose()
             raise
+        finally:
+            self._is_starting = False
         self._require_highest()
+
+    async def wait_registered(self) -> None:
+        """See Registration.wait_registered."""
+        await self._registered.wait()
 
     async def update(self, record: WorkerRecord) -> None:
         """See Registration.update; while etcd does not answer, the new record is kept and put as soon as it does."""
@@ -110,12 +120,13 @@ class EtcdRegistration:
                 await retry.failed(exc)
                 continue
             except ConflictError as exc:
-                if not self._settled.is_set():
+                if self._is_starting:
                     return  # `start` raises it
                 pause_s = self._stand_back(exc)
             else:
                 retry.succeeded()
                 self._come_back()
+                self._registered.set()
                 self._settled.set()
             try:
                 async with asyncio.timeout(pause_s):

@@ -100,6 +100,9 @@ class MemoryRegistration:
         self._discovery.put(record)
         self._record = record
 
+    async def wait_registered(self) -> None:
+        """See Registration.wait_registered; it is, from the beginning."""
+
     async def stop(self) -> None:
         """See Registration.stop."""
         self._is_stopped = True

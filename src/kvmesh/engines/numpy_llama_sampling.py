@@ -39,11 +39,6 @@ def pick_tokens(
     return tokens
 
 
-def pick_token(logits: Floats, sampling: Sampling, *, seed: int, position: int) -> int:
-    """Return the token of one row, (vocab_size,), as `pick_tokens` does."""
-    return pick_tokens(logits[np.newaxis], [sampling], seeds=[seed], positions=[position])[0]
-
-
 def token_probabilities(logits: Floats, sampling: Sampling) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]:
     """Return the tokens that may be drawn, likeliest first, and their probabilities, which sum to 1.
 

@@ -19,7 +19,7 @@ _SCALARS: dict[int, Schema] = {
     _CPP.CPPTYPE_INT32: {"type": "integer", "minimum": -(2**31), "maximum": 2**31 - 1},
     _CPP.CPPTYPE_UINT32: {"type": "integer", "minimum": 0, "maximum": 2**32 - 1},
     # As text, since JavaScript and others have no such integers.
-    _CPP.CPPTYPE_INT64: {"type": "string", "format": "int64", "pattern": "^-?[0-9]{1,18}$"},
+    _CPP.CPPTYPE_INT64: {"type": "string", "format": "int64", "pattern": "^-?[0-9]{1,19}$"},
     _CPP.CPPTYPE_UINT64: {"type": "string", "format": "uint64", "pattern": "^([0-9]{1,19}|1[0-9]{19})$"},
 }
 _BYTES: Schema = {"type": "string", "contentEncoding": "base64"}

@@ -84,6 +84,8 @@ def _put(tree: dict[str, Any], field_path: str, value: Any, *, is_repeated: bool
     *parents, last = field_path.split(".")
     for name in parents:
         tree = tree.setdefault(name, {})
+        if not isinstance(tree, dict):
+            raise invalid(field_path, f"given twice: {name} has a value already")
     if is_repeated:
         tree.setdefault(last, []).append(value)
     elif last in tree:

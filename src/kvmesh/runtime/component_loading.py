@@ -10,11 +10,6 @@ from kvmesh.sdk.definitions import DeclarationError, definition_or_none
 from kvmesh.sdk.dependencies import Graph, graph_of
 
 
-def is_component_target(text: str) -> bool:
-    """Tell whether this names a class or a graph, and not a role of the mesh."""
-    return ":" in text
-
-
 def load_graph(target: str) -> Graph:
     """Import `module:Class`, or `module:graph` made by `link`, from the current folder or anywhere on the path.
 

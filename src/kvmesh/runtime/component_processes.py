@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from kvmesh.core.errors import Reason, TryElsewhereError
@@ -19,6 +20,7 @@ from kvmesh.runtime.child_etcd import ETCD, start_etcd, wait_for_etcd
 from kvmesh.runtime.component_config import ServiceConfig
 from kvmesh.runtime.composition import connect_discovery, node_name
 from kvmesh.runtime.gpu_assignment import VISIBLE, assign_gpus, devices_here
+from kvmesh.runtime.role import stop_all
 from kvmesh.runtime.run_folder import RunFolder
 from kvmesh.runtime.server import check_free
 from kvmesh.runtime.settings import DiscoverySettings, Settings
@@ -52,7 +54,8 @@ class ComponentProcesses:
         self._is_alone = not settings.discovery.endpoints
         self._gpus = assign_gpus([(one.definition, one.workers) for one in services], devices_here(os.environ))
         self._folder = RunFolder()
-        self._supervisor = Supervisor(stop_s=settings.waits.drain_s)
+        # A child's requests have this long to end, and its on_shutdown after them.
+        self._supervisor = Supervisor(stop_s=2 * settings.waits.drain_s)
         self._discovery: Discovery | None = None
         self._runtime: Runtime | None = None
         self._http_port = self._grpc_port = 0
@@ -101,14 +104,18 @@ class ComponentProcesses:
 
     async def stop(self) -> None:
         """End every process, the callers before the called, each in bounded time. Idempotent."""
-        if self._runtime is not None:
-            await self._runtime.aclose()
-        if self._discovery is not None:
-            await self._discovery.aclose()
         names = [name for name in self._supervisor.children if name not in (ETCD, _GATEWAY)]
-        await self._supervisor.stop([_GATEWAY])
-        await self._supervisor.stop(list(reversed(names)))
-        await self._supervisor.aclose()
+        await stop_all(
+            (
+                *(one.aclose for one in (self._runtime, self._discovery) if one is not None),
+                partial(self._supervisor.stop, [_GATEWAY]),
+                partial(self._supervisor.stop, list(reversed(names))),
+                self._supervisor.aclose,
+                self._remove_folder,
+            )
+        )
+
+    async def _remove_folder(self) -> None:
         self._folder.remove()
 
     def _start_worker(self, service: ServiceConfig, index: int, config: Path) -> None:

@@ -5,9 +5,10 @@ stop:   deregister -> refuse new requests -> what runs ends or is cancelled -> i
 """
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from kvmesh import telemetry
@@ -70,6 +71,7 @@ class ComponentRole:
         self._server = GrpcServer(client_write_s=waits.client_write_s)
         self._runtime = Runtime(discovery, namespace=namespace, waits=waits)
         self._instance: Any = None
+        self._place: Place | None = None
         self._publications: Publications | None = None
         self._servicer: ComponentServicer | None = None
         self._registration: Registration | None = None
@@ -101,11 +103,12 @@ class ComponentRole:
         publications = Publications(is_draining=lambda: self._is_draining)
         runtime.publications = self._publications = publications
         component = runtime.namespace(definition.namespace).component(definition.component)
-        place = Place(runtime, component, self._config, self.identity.worker_id)
+        self._place = place = Place(runtime, component, self._config, self.identity.worker_id)
         with placed(place):
-            self._instance = definition.cls()
+            instance = definition.cls()
             for hook in definition.hooks["on_start"]:
-                await getattr(self._instance, hook)()
+                await getattr(instance, hook)()
+        self._instance = instance  # from here on its on_shutdown has something to undo
         self._servicer = ComponentServicer(
             self._instance, definition, self._contract, place=place, is_draining=lambda: self._is_draining
         )
@@ -173,11 +176,20 @@ class ComponentRole:
 
     async def _shut_down(self) -> None:
         instance, self._instance = self._instance, None
-        if instance is None:
+        if instance is None or self._place is None:
             return
-        with placed(Place(self._runtime, None, self._config, self.identity.worker_id)):
-            for hook in reversed(self._definition.hooks["on_shutdown"]):
-                await getattr(instance, hook)()
+        hooks = reversed(self._definition.hooks["on_shutdown"])
+        with placed(self._place):
+            await stop_all([partial(self._run_hook, getattr(instance, hook), hook) for hook in hooks])
+
+    async def _run_hook(self, hook: Callable[[], Awaitable[None]], name: str) -> None:
+        try:
+            async with asyncio.timeout(self._waits.drain_s) as bound:
+                await hook()
+        except TimeoutError:
+            if not bound.expired():
+                raise
+            log.warning("component.hook_cancelled", hook=name, worker_id=self.name, after_s=self._waits.drain_s)
 
     def _add_services(self, servicer: ComponentServicer, publications: Publications) -> None:
         self._server.add(servicer, self._contract.service, ComponentServicer.add_to_server)
@@ -186,9 +198,10 @@ class ComponentRole:
             worker_control_pb2.DESCRIPTOR.services_by_name["WorkerControl"],
             worker_control_pb2_grpc.add_WorkerControlServicer_to_server,
         )
-        if publications.is_used:
+        events = publications.open(self.identity.worker_id, self.identity.epoch)
+        if events is not None:
             self._server.add(
-                publications.open(self.identity.worker_id, self.identity.epoch),
+                events,
                 worker_events_pb2.DESCRIPTOR.services_by_name["WorkerEvents"],
                 worker_events_pb2_grpc.add_WorkerEventsServicer_to_server,
             )

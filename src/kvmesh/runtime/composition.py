@@ -138,6 +138,7 @@ class Composition:
                 grpc=Listen(settings.grpc.host, settings.grpc.port),
                 http=Listen(settings.http.host, settings.http.port),
                 max_body_bytes=settings.http.max_body_bytes,
+                max_request_bytes=settings.grpc.max_request_bytes,
                 grpc_flag=grpc_flag,
             ),
             waits=settings.waits,

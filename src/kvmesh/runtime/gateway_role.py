@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from kvmesh import telemetry
@@ -53,6 +54,9 @@ class Doors:
     grpc: Listen
     http: Listen
     max_body_bytes: int
+    """Longest HTTP body."""
+    max_request_bytes: int
+    """Longest gRPC request."""
     grpc_flag: str = "--grpc-port"
     """The option that chooses the gRPC port."""
 
@@ -115,13 +119,17 @@ class GatewayRole:
             generator=self._generator, topology=self._topology.refreshed, request_timeout_s=waits.request_s
         )
         self._components = Components(self._peers, namespace=namespace)
-        self._server = GrpcServer(client_write_s=waits.client_write_s)
+        self._server = GrpcServer(client_write_s=waits.client_write_s, max_request_bytes=doors.max_request_bytes)
         self._services = self._build_services()
         for service in self._services:
             self._server.add(*service)
         self._http_app = self._build_http_app()
         self._component_routes = ComponentRoutes(
-            peers=self._peers, channels=self._channels, rest=self._http_app.rest, server=self._server
+            peers=self._peers,
+            channels=self._channels,
+            rest=self._http_app.rest,
+            server=self._server,
+            request_s=waits.request_s,
         )
         self._http: HttpServer | None = None
 
@@ -184,10 +192,12 @@ class GatewayRole:
 
     async def _changed(self) -> None:
         """Wait for news of the workers, of discovery or of the router."""
-        if self._router is None:
-            await self._peers.changed()
-            return
         soon = asyncio.get_running_loop().time() + _LOOK_AGAIN_S  # discovery may tell the peers after the router
+        if self._router is None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(soon):  # of a connection that comes back nobody tells
+                    await self._peers.changed()
+            return
         await self._router.router.changed(until=soon)
 
     async def stop(self) -> None:
@@ -200,7 +210,8 @@ class GatewayRole:
 
     async def _drain(self) -> None:
         self._server.health.drain()
-        await self._generator.drain(self._waits.drain_s)
+        drain_s = self._waits.drain_s
+        await asyncio.gather(self._generator.drain(drain_s), self._component_routes.drain(drain_s))
         self._frontend.close()
         await self._components.aclose()
         if self._router is not None:
@@ -264,10 +275,16 @@ class GatewayRole:
             return "draining"
         if self._part is None and not self._peers.processor_addresses():
             return "no processor is known"
-        if not any(not record.draining for record in self._peers.roster.records(WorkerRole.DECODE)):
+        takers = [record for record in self._peers.roster.records(WorkerRole.DECODE) if not record.draining]
+        if not takers:
             return "no decode worker takes requests"
+        if self._part is not None:  # a record outlives its worker by the store's time to live
+            takers = [record for record in takers if self._part.processor.reaches(record)]
+            if not takers:
+                return "no decode worker is reached"
         if self._router is None:
             return None
-        decode = [worker for worker in self._router.router.workers() if worker.record.role is WorkerRole.DECODE]
-        reported = any(worker.report is not None for worker in decode if not worker.record.draining)
+        reached = {record.worker_id for record in takers}
+        workers = [one for one in self._router.router.workers() if one.worker.worker_id in reached]
+        reported = any(one.report is not None for one in workers if not one.record.draining)
         return None if reported else "no decode worker has reported its load"

@@ -1,6 +1,7 @@
 """Which GPUs each worker of a graph sees: each one's own, by CUDA_VISIBLE_DEVICES."""
 
 from collections.abc import Iterable, Mapping
+from itertools import takewhile
 from pathlib import Path
 
 from kvmesh.core.errors import FixRequestError, Reason
@@ -14,7 +15,8 @@ def devices_here(environment: Mapping[str, str], *, devices: Path = _DEVICES) ->
     """Return the GPUs that this process may give away: what it is told to see, or all that the machine has."""
     told = environment.get(VISIBLE)
     if told is not None:
-        return tuple(name.strip() for name in told.split(",") if name.strip())
+        names = (name.strip() for name in told.split(","))
+        return tuple(takewhile(lambda name: name and not name.startswith("-"), names))  # as CUDA reads it
     numbers = (path.name.removeprefix("nvidia") for path in devices.glob("nvidia[0-9]*"))
     return tuple(sorted(numbers, key=int))
 

@@ -138,7 +138,9 @@ class ProcessorRole:
             await announcement.announce(self._listen.address(bound))
 
     async def wait_ready(self) -> None:
-        """Ready once started: requests wait for a worker, in bounded time."""
+        """Wait until it is found: requests wait for a worker, in bounded time."""
+        for announcement in self._announcements:
+            await announcement.wait_announced()
 
     async def stop(self) -> None:
         """Withdraw, let what runs end within the drain's bound, close. Idempotent."""

@@ -58,7 +58,8 @@ class QueueRole:
         await self._announcement.announce(self._listen.address(bound))
 
     async def wait_ready(self) -> None:
-        """Ready once started."""
+        """Wait until it is found."""
+        await self._announcement.wait_announced()
 
     async def stop(self) -> None:
         """Withdraw, let leased tasks finish, end the streams, close the server. Idempotent."""

@@ -99,6 +99,11 @@ class Announcement:
             )
         )
 
+    async def wait_announced(self) -> None:
+        """Wait until others can find it; not bounded here. Returns at once before `announce`."""
+        if self._registration is not None:
+            await self._registration.wait_registered()
+
     async def withdraw(self) -> None:
         """Say that it stops. Idempotent."""
         registration, self._registration = self._registration, None

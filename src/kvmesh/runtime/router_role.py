@@ -118,7 +118,8 @@ class RouterRole:
         await self._announcement.announce(self._listen.address(bound))
 
     async def wait_ready(self) -> None:
-        """Ready once started: who asks too early waits for a worker, in bounded time."""
+        """Wait until it is found: who asks before there is a worker waits for one, in bounded time."""
+        await self._announcement.wait_announced()
 
     async def stop(self) -> None:
         """Withdraw, end the streams, close. Idempotent."""

@@ -30,9 +30,8 @@ CLEANUP_S = 2.0
 FLUSH_S = 1.0
 """How long ended calls may take to reach their clients."""
 
-SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
+_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.so_reuseport", 0),  # a second server on one port must fail, not take half of the calls
     # Clients of ours ping through a long silent prefill, and while no call runs; by default that earns too_many_pings.
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
@@ -50,8 +49,14 @@ _Servicer = TypeVar("_Servicer")
 class GrpcServer:
     """The gRPC server of one process. Add the services, start it once, then drain and stop it."""
 
-    def __init__(self, *, client_write_s: float = Waits().client_write_s) -> None:
-        """`client_write_s` bounds each write of a stream to a client that does not read."""
+    def __init__(
+        self, *, client_write_s: float = Waits().client_write_s, max_request_bytes: int = MAX_MESSAGE_BYTES
+    ) -> None:
+        """`client_write_s` bounds each write of a stream to a client that does not read.
+
+        gRPC itself refuses messages of more than `max_request_bytes`: RESOURCE_EXHAUSTED.
+        """
+        self._options = (*_OPTIONS, ("grpc.max_receive_message_length", max_request_bytes))
         self.health = Health()
         """What grpc.health.v1 says; the services of `add` come up with `start`, others may be set by name."""
         self.reflection = Reflection()
@@ -118,7 +123,7 @@ class GrpcServer:
         if self._server is not None:
             raise RuntimeError(f"the server was started already, on {self._address}")
         await check_free(host, port, flag=flag)
-        server = grpc.aio.server(interceptors=(self._calls,), options=SERVER_OPTIONS)
+        server = grpc.aio.server(interceptors=(self._calls,), options=self._options)
         for add_to in self._services.values():
             add_to(server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, server)

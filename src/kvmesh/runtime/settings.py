@@ -154,6 +154,8 @@ class GrpcSettings(Section):
     """Address to bind."""
     port: Port = 50_051
     """Port to bind; 0 = any free one."""
+    max_request_bytes: int = Field(default=8 * 1024 * 1024, ge=1_024, le=64 * 1024 * 1024)
+    """Longest request message; gRPC itself refuses a longer one: RESOURCE_EXHAUSTED."""
 
 
 class DiscoverySettings(Section):

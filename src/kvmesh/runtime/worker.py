@@ -200,7 +200,9 @@ class Worker:
         log.info("worker.started", worker_id=self.identity.worker_id, address=self.identity.address)
 
     async def wait_ready(self) -> None:
-        """Wait until work can reach it; a worker that drains never gets there."""
+        """Wait until it is found and work can reach it; a worker that drains never gets there."""
+        if self._registration is not None:
+            await self._registration.wait_registered()
         await self._work.wait_ready()
 
     async def drain(self, timeout_s: float) -> tuple[int, int]:

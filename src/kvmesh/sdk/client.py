@@ -1,6 +1,8 @@
 """Client: calls one endpoint of a component, at the instance it is told or at one that it chooses.
 
-An instance that is gone before its first answer is replaced once by another; after the first answer the caller is told.
+An instance that is lost or drains before its first answer is replaced once by another, so a method runs at least once;
+one that could not be reached ran nothing and does not count. After the first answer, and of the method's own errors,
+the caller is told.
 """
 
 import asyncio
@@ -11,13 +13,13 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import grpc
-from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
+from google.protobuf.descriptor import Descriptor, MethodDescriptor, ServiceDescriptor
 
 from kvmesh.core.errors import FixRequestError, NotKnownError, Reason, TryElsewhereError
-from kvmesh.core.ids import WorkerId
+from kvmesh.core.ids import Epoch, WorkerId
 from kvmesh.core.roster import WorkerRecord
 from kvmesh.core.suggestions import suggestion
-from kvmesh.sdk.codec import PlainCodec, codec_of
+from kvmesh.sdk.codec import Codec, PlainCodec, codec_of
 from kvmesh.sdk.context import context
 from kvmesh.sdk.contract import decode_contract
 from kvmesh.sdk.records import contract_text
@@ -29,6 +31,11 @@ if TYPE_CHECKING:
 Answers = AsyncGenerator[Any, None]
 _Choose = Callable[[Sequence[WorkerRecord]], WorkerRecord]
 _ATTEMPTS = 2
+_DETAILS = "grpc-status-details-bin"
+"""Trailer with the ErrorInfo that every error of a server of ours has; gRPC's own errors have none."""
+_NOT_CONNECTED = ("failed to connect to all addresses", "DNS resolution failed")
+"""How gRPC's text begins where no connection came about: the call was not sent, so nothing ran."""
+_LOOK_AGAIN_S = 0.2
 
 
 class Client:
@@ -44,6 +51,7 @@ class Client:
         self._endpoint = endpoint
         self._answer = answer
         self._last = ""
+        self._codec: tuple[Descriptor, Codec] | None = None
 
     @property
     def address(self) -> str:
@@ -66,7 +74,8 @@ class Client:
         """Call the next instance in turn and return its answers; of an endpoint that does not stream, one.
 
         `timeout_s` bounds the whole call. Raises: TryElsewhereError(NO_WORKERS) when nobody serves it for
-        `waits.route_s`, NotKnownError where they have no such endpoint; iterating raises what the endpoint raised.
+        `waits.route_s`, or for as long as the call has; NotKnownError where they have no such endpoint. Iterating
+        raises what the endpoint raised, and NO_WORKERS when nobody could be reached for so long.
         """
         return await self._call(request, self._next, timeout_s=timeout_s)
 
@@ -97,8 +106,9 @@ class Client:
     ) -> Answers:
         bound_s = self._runtime.waits.request_s if timeout_s is None else timeout_s
         remaining_s = context.time_remaining()
-        deadline = asyncio.get_running_loop().time() + (bound_s if remaining_s is None else min(bound_s, remaining_s))
-        record = choose(await self._live(1, self._runtime.waits.route_s))
+        bound_s = bound_s if remaining_s is None else min(bound_s, remaining_s)
+        deadline = asyncio.get_running_loop().time() + bound_s
+        record = choose(await self._live(1, min(self._runtime.waits.route_s, bound_s)))
         method = self._method(record)
         data = PlainCodec(method.input_type).encode(request)
         return self._answers(record, method, data, choose, deadline=deadline, attempts=attempts)
@@ -113,8 +123,10 @@ class Client:
         deadline: float,
         attempts: int,
     ) -> Answers:
-        failed: set[WorkerId] = set()
-        codec = codec_of(method.output_type, self._answer) if self._answer else PlainCodec(method.output_type)
+        failed: set[tuple[WorkerId, Epoch]] = set()
+        attempts_sent = 0
+        wait_until = min(asyncio.get_running_loop().time() + self._runtime.waits.route_s, deadline)
+        codec = self._answers_codec(method.output_type)
         while True:
             has_answered = False
             try:
@@ -123,11 +135,16 @@ class Client:
                     yield codec.decode(answer)
                 return
             except grpc.aio.AioRpcError as exc:
-                failed.add(record.worker_id)
-                others = [one for one in self._records() if one.worker_id not in failed]
-                is_gone = exc.code() is grpc.StatusCode.UNAVAILABLE
-                if has_answered or not is_gone or len(failed) >= attempts or not others:
+                if has_answered or not _is_gone(exc) or attempts == 1:
                     raise mesh_error(exc) from exc
+                attempts_sent += not _is_unsent(exc)
+                failed.add((record.worker_id, record.epoch))
+                others = tuple(one for one in self._records() if (one.worker_id, one.epoch) not in failed)
+                if attempts_sent and (attempts_sent >= attempts or not others):
+                    raise mesh_error(exc) from exc
+                if not others:
+                    others = await self._look_again(wait_until, exc)
+                    failed.clear()  # an instance whose machine was away comes back as the same one
                 record = choose(others)
 
     async def _stream(
@@ -148,6 +165,26 @@ class Client:
             with suppress(grpc.RpcError):
                 call.cancel()
 
+    async def _look_again(self, until: float, error: grpc.aio.AioRpcError) -> tuple[WorkerRecord, ...]:
+        """Return who is there after a moment, or at the next news. Raises: TryElsewhereError(NO_WORKERS) at `until`."""
+        loop = asyncio.get_running_loop()
+        while (now := loop.time()) < until:
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(min(now + _LOOK_AGAIN_S, until)):
+                    await self._runtime.changed()
+            if records := self._records():
+                return records
+        raise TryElsewhereError(
+            Reason.NO_WORKERS, f"no worker of {self._namespace}/{self._component} can be reached: {error.details()}"
+        ) from error
+
+    def _answers_codec(self, descriptor: Descriptor) -> Codec:
+        """Return the codec of the answers, made once per contract: each has types of its own."""
+        if self._codec is None or self._codec[0] is not descriptor:
+            codec = PlainCodec(descriptor) if self._answer is None else codec_of(descriptor, self._answer)
+            self._codec = (descriptor, codec)
+        return self._codec[1]
+
     def _records(self) -> tuple[WorkerRecord, ...]:
         return self._runtime.workers(self._namespace, self._component)
 
@@ -157,13 +194,20 @@ class Client:
                 while len(records := self._records()) < count:
                     await self._runtime.changed()
                 return records
-        except TimeoutError as exc:
+        except TimeoutError:
+            # The wait that ended tells a reader nothing: the error is the whole story.
+            if (unreached := self._runtime.unreached_door()) is not None:
+                raise TryElsewhereError(
+                    Reason.NO_WORKERS,
+                    f"cannot reach {unreached}: start a mesh there (`kvmesh up`, or `kvmesh serve module:Class`), "
+                    "or name the address of another",
+                ) from None
             known = ", ".join("/".join(one) for one in self._runtime.components()) or "none"
             raise TryElsewhereError(
                 Reason.NO_WORKERS,
                 f"{len(self._records())} workers of {self._namespace}/{self._component} run, {count} are wanted; "
                 f"components that run: {known}",
-            ) from exc
+            ) from None
 
     def _method(self, record: WorkerRecord) -> MethodDescriptor:
         text = contract_text(record)
@@ -171,7 +215,10 @@ class Client:
             raise FixRequestError(
                 Reason.INVALID_FIELD, f"{self.address} is no component of the SDK: call it by the stubs of its contract"
             )
-        service = _service(text)
+        try:
+            service = _service(text)
+        except ValueError as exc:
+            raise FixRequestError(Reason.INVALID_FIELD, f"{self.address} of {record.worker_id}: {exc}") from exc
         method = service.methods_by_name.get(self._endpoint)
         if method is None:
             raise NotKnownError(
@@ -185,6 +232,19 @@ class Client:
 @lru_cache(maxsize=256)
 def _service(text: str) -> ServiceDescriptor:
     return decode_contract(text)[0]
+
+
+def _is_gone(error: grpc.aio.AioRpcError) -> bool:
+    """Tell whether the instance was not reached, or takes nothing new: an endpoint's own error is its answer."""
+    if error.code() is not grpc.StatusCode.UNAVAILABLE:
+        return False
+    is_from_a_server = any(key == _DETAILS for key, _ in error.trailing_metadata() or ())
+    return not is_from_a_server or mesh_error(error).reason is Reason.DRAINING
+
+
+def _is_unsent(error: grpc.aio.AioRpcError) -> bool:
+    """Tell whether gRPC could not connect: where a connection broke, the method may have run."""
+    return (error.details() or "").startswith(_NOT_CONNECTED)
 
 
 def _as_is(data: bytes) -> bytes:

@@ -1,12 +1,11 @@
 """Python values <-> the messages of a contract, with errors that name the field by its path."""
 
-from collections.abc import Callable, Collection, Mapping
-from datetime import UTC, timedelta
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import orjson
 from google.protobuf import json_format
-from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -14,13 +13,11 @@ from pydantic_core import to_jsonable_python
 
 from kvmesh.core.errors import FixRequestError, MeshError, Reason
 from kvmesh.sdk.definitions import Unannotated
-from kvmesh.sdk.proto_types import EMPTY, STRUCT, VALUE, message_of
+from kvmesh.sdk.message_reading import value_of
+from kvmesh.sdk.message_writing import assign, copy_message
+from kvmesh.sdk.model_shape import shape_of
+from kvmesh.sdk.proto_types import VALUE, WRAPPER_NAMES, message_of
 from kvmesh.wire.validation import invalid
-
-_WRAPPERS = {f"google.protobuf.{kind}Value" for kind in ("String", "Int64", "Double", "Bool", "Bytes")}
-_TIMESTAMP, _DURATION, _LIST = "google.protobuf.Timestamp", "google.protobuf.Duration", "google.protobuf.ListValue"
-_EXACT = 2**53
-"""Numbers of google.protobuf.Value are doubles: whole ones below this are integers in Python."""
 
 
 class Codec(Protocol):
@@ -33,14 +30,14 @@ class Codec(Protocol):
         """Return the value of a message. Raises: FixRequestError(INVALID_FIELD) with the field's path."""
 
 
-def codec_of(descriptor: Descriptor, annotation: Any, *, required_lists: Collection[str] = ()) -> Codec:
+def codec_of(descriptor: Descriptor, annotation: Any) -> Codec:
     """Return the codec of a message that is `annotation` in Python: a model, a protobuf message, a plain type."""
     known = None if annotation is Unannotated else message_of(annotation)
     if isinstance(known, type) and issubclass(known, Message):
         return _MessageCodec(known)
     if known is None or not isinstance(known, type):
         return PlainCodec(descriptor)
-    return _ModelCodec(descriptor, known, required_lists)
+    return _ModelCodec(descriptor, known)
 
 
 class PlainCodec:
@@ -52,15 +49,13 @@ class PlainCodec:
     def encode(self, value: Any) -> bytes:
         """See Codec.encode; takes a model, a dict, the text of a JSON object, or a message of this type."""
         message = self._class()
-        if isinstance(value, Message):
-            return value.SerializeToString()
-        is_json = isinstance(value, str) and message.DESCRIPTOR.full_name not in {VALUE, *_WRAPPERS}
-        _assign(message, _load(value) if is_json else value, "")
+        is_json = isinstance(value, str) and message.DESCRIPTOR.full_name not in {VALUE, *WRAPPER_NAMES}
+        assign(message, _load(value) if is_json else value)
         return message.SerializeToString()
 
     def decode(self, data: bytes) -> Any:
         """See Codec.decode."""
-        return _value_of(self._class.FromString(data))
+        return value_of(self._class.FromString(data))
 
 
 class _MessageCodec:
@@ -70,8 +65,10 @@ class _MessageCodec:
         self._class = cls
 
     def encode(self, value: Any) -> bytes:
-        if isinstance(value, self._class):
-            return value.SerializeToString()
+        if isinstance(value, Message):
+            message = self._class()
+            copy_message(message, value)
+            return message.SerializeToString()
         fields = _load(value) if isinstance(value, str) else to_jsonable_python(value)
         try:
             return json_format.ParseDict(fields, self._class()).SerializeToString()
@@ -85,28 +82,31 @@ class _MessageCodec:
 class _ModelCodec:
     """A pydantic model."""
 
-    def __init__(self, descriptor: Descriptor, model: type[BaseModel], required_lists: Collection[str]) -> None:
+    def __init__(self, descriptor: Descriptor, model: type[BaseModel]) -> None:
         self._class = GetMessageClass(descriptor)
         self._model = model
         self._adapter: TypeAdapter[Any] = TypeAdapter(model)
-        self._required_lists = required_lists
+        self._shape = shape_of(descriptor, model)
 
     def encode(self, value: Any) -> bytes:
         message = self._class()
-        _assign(message, value if isinstance(value, self._model) else self._checked(value), "")
+        assign(message, value if isinstance(value, self._model) else self._checked(value))
         return message.SerializeToString()
 
     def decode(self, data: bytes) -> Any:
-        fields = _value_of(self._class.FromString(data), self._required_lists)
-        return _validated(lambda: self._adapter.validate_python(fields, by_alias=False, by_name=True))
+        return self._read(self._class.FromString(data))
 
     def _checked(self, value: Any) -> Any:
         if isinstance(value, Message):
-            value = _value_of(value)
+            return self._read(value)
         if isinstance(value, str | bytes):
             return _validated(lambda: self._adapter.validate_json(value))
         fields = value.model_dump() if isinstance(value, BaseModel) else value
         return _validated(lambda: self._adapter.validate_python(fields))
+
+    def _read(self, message: Message) -> Any:
+        fields = value_of(message, self._shape)
+        return _validated(lambda: self._adapter.validate_python(fields, by_alias=False, by_name=True))
 
 
 def answer_bytes(codec: Codec, value: Any, *, endpoint: str) -> bytes:
@@ -138,117 +138,3 @@ def _load(text: str) -> Any:
         return orjson.loads(text)
     except orjson.JSONDecodeError as exc:
         raise FixRequestError(Reason.INVALID_FIELD, f"the request is not JSON: {exc}") from exc
-
-
-def _assign(message: Message, value: Any, path: str) -> None:
-    """Set a message to a value of Python."""
-    name = message.DESCRIPTOR.full_name
-    target: Any = message
-    try:
-        if name == _TIMESTAMP:
-            target.FromDatetime(value)
-        elif name == _DURATION:
-            target.FromTimedelta(value if isinstance(value, timedelta) else timedelta(seconds=value))
-        elif name in (VALUE, STRUCT, _LIST):
-            json_format.ParseDict(to_jsonable_python(value), target)
-        elif name in _WRAPPERS:
-            target.value = value
-        elif name != EMPTY:
-            _fill(target, value, path)
-    except (TypeError, ValueError, AttributeError, json_format.ParseError) as exc:
-        raise invalid(path or "request", f"does not fit {name}: {exc}") from exc
-
-
-def _fill(message: Any, value: Any, path: str) -> None:
-    if isinstance(value, BaseModel):
-        items = {name: getattr(value, name) for name in type(value).model_fields}
-    elif isinstance(value, Mapping):
-        items = dict(value)
-    else:
-        raise invalid(path or "request", f"a {type(value).__name__} is no {message.DESCRIPTOR.name}")
-    fields = message.DESCRIPTOR.fields_by_name
-    for name, item in items.items():
-        at = f"{path}.{name}" if path else str(name)
-        field = fields.get(name)
-        if field is None:
-            raise invalid(at, "unknown field")
-        if item is not None:
-            _set_field(message, field, item, at)
-
-
-def _set_field(message: Any, field: FieldDescriptor, item: Any, at: str) -> None:
-    target = getattr(message, field.name)
-    try:
-        if is_map(field):
-            value_field = _map_value(field)
-            for key, value in item.items():
-                if value_field.message_type is not None:
-                    _assign(target[key], value, f"{at}.{key}")
-                else:
-                    target[key] = _scalar(value_field, value)
-        elif field.is_repeated:
-            for index, value in enumerate(item):
-                if field.message_type is not None:
-                    _assign(target.add(), value, f"{at}[{index}]")
-                else:
-                    target.append(_scalar(field, value))
-        elif field.message_type is not None:
-            target.SetInParent()
-            _assign(target, item, at)
-        else:
-            setattr(message, field.name, _scalar(field, item))
-    except (TypeError, ValueError, AttributeError) as exc:
-        raise invalid(at, str(exc)) from exc
-
-
-def _scalar(field: FieldDescriptor, value: Any) -> Any:
-    return value if field.type != FieldDescriptor.TYPE_STRING or isinstance(value, str) else to_jsonable_python(value)
-
-
-def _value_of(message: Any, required_lists: Collection[str] = ()) -> Any:
-    """Return a message as Python has it: fields that are not set are absent."""
-    name = message.DESCRIPTOR.full_name
-    if name == _TIMESTAMP:
-        return message.ToDatetime(tzinfo=UTC)  # an instant: what has no zone counts as UTC
-    if name == _DURATION:
-        return message.ToTimedelta()
-    if name in (VALUE, STRUCT, _LIST):
-        return _whole_numbers(json_format.MessageToDict(message))
-    if name in _WRAPPERS:
-        return message.value
-    if name == EMPTY:
-        return None
-    found = {field.name: _field_value(field, value, required_lists) for field, value in message.ListFields()}
-    for field in message.DESCRIPTOR.fields:
-        if field.full_name in required_lists and field.name not in found:
-            found[field.name] = {} if is_map(field) else []
-    return found
-
-
-def _field_value(field: FieldDescriptor, value: Any, required_lists: Collection[str]) -> Any:
-    if is_map(field):
-        is_message = _map_value(field).message_type is not None
-        return {key: _value_of(item, required_lists) if is_message else item for key, item in value.items()}
-    if field.message_type is None:
-        return list(value) if field.is_repeated else value
-    return (
-        [_value_of(item, required_lists) for item in value] if field.is_repeated else _value_of(value, required_lists)
-    )
-
-
-def is_map(field: FieldDescriptor) -> bool:
-    """Tell whether a repeated field is the form of a map."""
-    return field.message_type is not None and field.message_type.GetOptions().map_entry
-
-
-def _map_value(field: FieldDescriptor) -> FieldDescriptor:
-    assert field.message_type is not None, "a map"
-    return field.message_type.fields_by_name["value"]
-
-
-def _whole_numbers(value: Any) -> Any:
-    if isinstance(value, float) and value.is_integer() and abs(value) < _EXACT:
-        return int(value)
-    if isinstance(value, dict):
-        return {key: _whole_numbers(item) for key, item in value.items()}
-    return [_whole_numbers(item) for item in value] if isinstance(value, list) else value

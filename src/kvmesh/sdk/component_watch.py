@@ -50,9 +50,8 @@ class ComponentWatch:
         """Return what is known of every instance."""
         return self._core.workers(now=asyncio.get_running_loop().time())
 
-    async def wait_reported(self, timeout_s: float) -> None:
-        """Wait until somebody is there and everybody has said its load, or `timeout_s`."""
-        until = asyncio.get_running_loop().time() + timeout_s
+    async def wait_reported(self, until: float) -> None:
+        """Wait until somebody is there and everybody has said its load, or until this time of the loop."""
         while asyncio.get_running_loop().time() < until:
             known = self.workers()
             if known and all(worker.report is not None for worker in known):

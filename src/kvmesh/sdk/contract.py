@@ -39,6 +39,7 @@ from pydantic_core import PydanticUndefined
 
 from kvmesh.sdk.definitions import DeclarationError, ServiceDefinition
 from kvmesh.sdk.proto_types import FieldType, field_type, message_of
+from kvmesh.wire.comments import comments_of
 
 _ANNOTATIONS = annotations_pb2.DESCRIPTOR.name
 _FIELD = FieldDescriptorProto
@@ -49,6 +50,9 @@ _GIVEN: dict[str, FileDescriptor] = {
     )
 }  # fmt: skip
 """Files that every process of the mesh has: they do not travel with a contract."""
+_MAX_BYTES = 1 << 20
+"""Of a contract; one of a hundred types has about 20 KiB."""
+_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _MESSAGE_PATH, _FIELD_PATH, _SERVICE_PATH, _METHOD_PATH = 4, 2, 6, 2
 """Numbers of the fields of descriptors, as paths of comments have them."""
 
@@ -60,8 +64,6 @@ class Contract:
     files: tuple[FileDescriptorProto, ...]
     """What it needs beside google's, in order; the last is its own."""
     service: ServiceDescriptor
-    required_lists: frozenset[str]
-    """Full names of repeated fields that the model asks for: absent, they are empty and not missing."""
 
     @property
     def file(self) -> FileDescriptorProto:
@@ -87,7 +89,7 @@ def contract_of(definition: ServiceDefinition) -> Contract:
 def decode_contract(text: str) -> tuple[ServiceDescriptor, dict[str, str]]:
     """Return what `Contract.encode` wrote, and the comments by full name. Raises: ValueError."""
     try:
-        files = FileDescriptorSet.FromString(zlib.decompress(base64.b64decode(text, validate=True))).file
+        files = FileDescriptorSet.FromString(_inflate(base64.b64decode(text, validate=True))).file
         pool = _pool_of(files)
         service = files[-1].package + "." + files[-1].service[0].name
         return pool.FindServiceByName(service), comments_of(files[-1])
@@ -95,27 +97,13 @@ def decode_contract(text: str) -> tuple[ServiceDescriptor, dict[str, str]]:
         raise ValueError(f"this is no contract: {exc}") from exc
 
 
-def comments_of(file: FileDescriptorProto) -> dict[str, str]:
-    """Return the comments of a file by the full name of what they are about."""
-    found: dict[str, str] = {}
-    for location in file.source_code_info.location:
-        name = _named_at(file, tuple(location.path))
-        if name is not None and location.leading_comments:
-            found[f"{file.package}.{name}"] = location.leading_comments.strip()
+def _inflate(data: bytes) -> bytes:
+    """Return what was compressed, in bounded memory: a few bytes of a stranger's can stand for gigabytes."""
+    inflater = zlib.decompressobj()
+    found = inflater.decompress(data, _MAX_BYTES)
+    if not inflater.eof:
+        raise ValueError(f"it is cut off, or longer than {_MAX_BYTES} bytes")
     return found
-
-
-def _named_at(file: FileDescriptorProto, path: tuple[int, ...]) -> str | None:
-    match path:
-        case (4, message):
-            return file.message_type[message].name
-        case (4, message, 2, field):
-            return f"{file.message_type[message].name}.{file.message_type[message].field[field].name}"
-        case (6, service):
-            return file.service[service].name
-        case (6, service, 2, method):
-            return f"{file.service[service].name}.{file.service[service].method[method].name}"
-    return None
 
 
 class _Builder:
@@ -123,6 +111,7 @@ class _Builder:
 
     def __init__(self, definition: ServiceDefinition) -> None:
         self._definition = definition
+        self._cls = definition.cls.__name__
         part = _snake(definition.component)
         space = definition.namespace.replace("-", "_").lower()
         self._file = FileDescriptorProto(
@@ -131,7 +120,6 @@ class _Builder:
         self._models: dict[type[BaseModel], str] = {}
         self._names = {definition.component}
         self._others: dict[str, FileDescriptor] = {}
-        self._required_lists: set[str] = set()
 
     def build(self) -> Contract:
         service = self._file.service.add(name=self._definition.component)
@@ -149,12 +137,13 @@ class _Builder:
             rule.body = "*"
             self._comment((_SERVICE_PATH, 0, _METHOD_PATH, index), endpoint.doc)
         files = (*_travelling(self._others.values()), self._file)
-        pool = _pool_of(files)
-        return Contract(
-            files,
-            pool.FindServiceByName(f"{self._file.package}.{self._definition.component}"),
-            frozenset(self._required_lists),
-        )
+        if (size := sum(file.ByteSize() for file in files)) > _MAX_BYTES:
+            raise DeclarationError(f"{self._cls}: a contract of {size} bytes is too long: up to {_MAX_BYTES}")
+        try:
+            service_descriptor = _pool_of(files).FindServiceByName(f"{self._file.package}.{service.name}")
+        except TypeError as exc:  # what protobuf refuses in a file
+            raise DeclarationError(f"{self._cls}: protobuf cannot have this, rename what it names: {exc}") from exc
+        return Contract(files, service_descriptor)
 
     def _type_name(self, message: str | type[BaseModel] | type[Message]) -> str:
         if isinstance(message, str):
@@ -173,10 +162,9 @@ class _Builder:
             return known
         name = re.sub(r"\W+", "_", model.__name__).strip("_")
         if name in self._names:
-            raise DeclarationError(
-                f"{self._definition.cls.__name__}: two of its types are called {name}: rename one of the models"
-            )
+            raise DeclarationError(f"{self._cls}: two of its types are called {name}: rename one of the models")
         self._names.add(name)
+        _check_names(model, name)
         full_name = self._models[model] = f".{self._file.package}.{name}"
         place = len(self._file.message_type)
         message = self._file.message_type.add(name=name)
@@ -185,8 +173,6 @@ class _Builder:
             found = field_type(info.annotation, info.metadata)
             self._add_field(message, field_name, number, found)
             self._comment((_MESSAGE_PATH, place, _FIELD_PATH, number - 1), _field_doc(info))
-            if info.is_required() and (found.is_repeated or found.map_key is not None):
-                self._required_lists.add(f"{full_name[1:]}.{field_name}")
         _add_presence(message)
         return full_name
 
@@ -221,6 +207,24 @@ class _Builder:
         if text:
             location = SourceCodeInfo.Location(path=path, leading_comments=text)
             self._file.source_code_info.location.append(location)
+
+
+def _check_names(model: type[BaseModel], name: str) -> None:
+    """Refuse names that protobuf, or its JSON, cannot tell apart or write."""
+    if not _IDENTIFIER.fullmatch(name):
+        raise DeclarationError(f"{model.__name__}: a name of protobuf has letters of ASCII, digits and _: rename it")
+    in_json: dict[str, str] = {}
+    for field in model.model_fields:
+        if not _IDENTIFIER.fullmatch(field):
+            raise DeclarationError(
+                f"{model.__name__}.{field}: a name of protobuf has letters of ASCII, digits and _: rename the field"
+            )
+        json_name = re.sub(r"_+(.?)", lambda match: match[1].upper(), field)
+        other = in_json.setdefault(json_name, field)
+        if other != field:
+            raise DeclarationError(
+                f"{model.__name__}: {other} and {field} are both {json_name!r} in JSON: rename one of the fields"
+            )
 
 
 def _add_presence(message: DescriptorProto) -> None:

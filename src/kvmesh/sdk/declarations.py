@@ -12,6 +12,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from kvmesh.sdk.contract import contract_of
 from kvmesh.sdk.definitions import (
+    RESERVED_NAMES,
     DeclarationError,
     EndpointDefinition,
     Resources,
@@ -53,6 +54,8 @@ def endpoint(name: str | None = None) -> Callable[[_Function], _Function]:
             raise DeclarationError(f"{at} is an endpoint already: remove one of the two @endpoint()")
         if not (inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)):
             raise DeclarationError(f"{at} must be async: write `async def {function.__name__}(self, request: ...)`")
+        for taken in sorted(RESERVED_NAMES & {name, function.__name__}):
+            raise DeclarationError(f"{at}: {taken!r} asks a dependency for its instances: rename the endpoint")
         _request_parameter(function)
         setattr(function, _ENDPOINT, name or function.__name__)
         return function
@@ -66,7 +69,7 @@ def on_start(function: _Function) -> _Function:
 
 
 def on_shutdown(function: _Function) -> _Function:
-    """Have a method run once the last request has ended. Async, without arguments."""
+    """Have a method run once the last request has ended, for `waits.drain_s` at most. Async, without arguments."""
     return _hook(function, "on_shutdown")
 
 

@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+RESERVED_NAMES = frozenset({"worker_ids"})
+"""What a caller that `depends` gives has beside the endpoints, so that none may be called that."""
+
 
 class DeclarationError(TypeError):
     """A class is declared in a way that cannot be served; the text has the fix."""

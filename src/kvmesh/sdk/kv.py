@@ -1,5 +1,6 @@
 """KV-aware routing in a component: what workers publish, and what a router of one's own asks."""
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -61,8 +62,13 @@ class KvMetricsPublisher:
         self._publications: Publications | None = None
 
     def create_endpoint(self, component: Component) -> None:
-        """Serve the figures beside the component's endpoints. Raises: RuntimeError unless it is served here."""
-        self._publications = _publications_of(component)
+        """Serve the figures beside the component's endpoints; call it in `__init__` or `on_start`.
+
+        Raises: RuntimeError unless the component is served here, and later than that.
+        """
+        publications = _publications_of(component)
+        publications.use()
+        self._publications = publications
 
     def publish(  # noqa: PLR0917  # the guide's figures, in its order
         self,
@@ -96,13 +102,14 @@ class KvEventPublisher:
     def __init__(self, component: Component, block_size: int) -> None:
         """Serve the events beside the component's endpoints; make it in `__init__` or `on_start`.
 
-        Raises: RuntimeError unless the component is served here, FixRequestError(INVALID_FIELD) `block_size`.
+        Raises: RuntimeError unless the component is served here, and later than that;
+        FixRequestError(INVALID_FIELD) `block_size`.
         """
         if block_size < 1:
             raise FixRequestError(Reason.INVALID_FIELD, f"block_size {block_size} is below 1", field="block_size")
         self._block_size = block_size
         self._publications = _publications_of(component)
-        self._publications.block_size = block_size
+        self._publications.use(block_size=block_size)
 
     def stored(self, tokens: Sequence[int], lora_id: int = 0) -> tuple[int, ...]:
         """Say that every full block of a prompt is cached; return their hashes. From any thread."""
@@ -129,10 +136,11 @@ class KvMetricsAggregator:
     def __init__(self, component: Component) -> None:
         """Begin to listen; ends with the runtime."""
         self._watch = component.runtime.watch(component.namespace, component.name)
+        self._first_until = asyncio.get_running_loop().time() + _FIRST_REPORTS_S
 
     async def get_metrics(self) -> AggregatedMetrics:
-        """Return the figures; right after the start it waits up to a second for the first ones."""
-        await self._watch.wait_reported(_FIRST_REPORTS_S)
+        """Return the figures that are known; in the first second of the aggregator it waits for everybody's."""
+        await self._watch.wait_reported(self._first_until)
         return AggregatedMetrics(
             tuple(
                 EndpointMetrics(
@@ -189,7 +197,6 @@ def _publications_of(component: Component) -> Publications:
             f"{component.namespace}/{component.name} is not served here: publish from its own instance, "
             "with context['component']"
         )
-    publications.is_used = True
     return publications
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from google.api import annotations_pb2
 from google.protobuf.descriptor_pb2 import DescriptorProto, FieldDescriptorProto, FileDescriptorProto
 
-from kvmesh.sdk.contract import comments_of
+from kvmesh.wire.comments import comments_of
 
 _FIELD = FieldDescriptorProto
 

@@ -38,10 +38,14 @@ _PLAIN: tuple[tuple[type, FieldDescriptorProto.Type.ValueType], ...] = (
     (float, _T.TYPE_DOUBLE),
     (bytes, _T.TYPE_BYTES),
 )
-_SPANS: Mapping[type, str] = {datetime: "google.protobuf.Timestamp", timedelta: "google.protobuf.Duration"}
 VALUE = "google.protobuf.Value"
 STRUCT = "google.protobuf.Struct"
 EMPTY = "google.protobuf.Empty"
+TIMESTAMP = "google.protobuf.Timestamp"
+DURATION = "google.protobuf.Duration"
+FREE_TYPES = frozenset({VALUE, STRUCT, "google.protobuf.ListValue"})
+"""Messages that are any JSON."""
+_SPANS: Mapping[type, str] = {datetime: TIMESTAMP, timedelta: DURATION}
 _WRAPPERS: Mapping[Any, str] = {
     str: "google.protobuf.StringValue",
     int: "google.protobuf.Int64Value",
@@ -51,6 +55,8 @@ _WRAPPERS: Mapping[Any, str] = {
     None: EMPTY,
     type(None): EMPTY,
 }
+WRAPPER_NAMES = frozenset(_WRAPPERS.values()) - {EMPTY}
+"""Messages that are one plain value."""
 _INTEGERS = (
     (-(2**31), 2**31 - 1, _T.TYPE_INT32),
     (0, 2**32 - 1, _T.TYPE_UINT32),
@@ -117,6 +123,19 @@ def field_type(annotation: Any, metadata: Sequence[Any] = ()) -> FieldType:
     return _plain_type(plain, constraints)
 
 
+def may_be_none(annotation: Any) -> bool:
+    """Tell whether a value of this type may be None."""
+    plain = _without_extras(annotation)[0]
+    if plain is Any or plain is object or plain is None or plain is type(None):
+        return True
+    if get_origin(plain) in (Union, types.UnionType):
+        return any(map(may_be_none, get_args(plain)))
+    if get_origin(plain) is Literal:
+        return None in get_args(plain)
+    is_root = isinstance(plain, type) and issubclass(plain, RootModel)
+    return is_root and may_be_none(plain.model_fields["root"].annotation)
+
+
 def _plain_type(plain: Any, constraints: Sequence[Any]) -> FieldType:
     if plain is Any or plain in (dict, list, tuple, set, object):
         return FieldType(_T.TYPE_MESSAGE, VALUE)
@@ -151,6 +170,7 @@ def _map_type(arguments: tuple[Any, ...]) -> FieldType:
         raise DeclarationError(f"{_text(arguments[0])} cannot be the key of a map: use str or int")
     if value.message == VALUE and key.kind == _T.TYPE_STRING:
         return FieldType(_T.TYPE_MESSAGE, STRUCT)
+    _refuse_none(arguments[1], value)
     if value.is_repeated or value.map_key is not None:
         raise DeclarationError("a map of lists or of maps has no form in protobuf: make its values a pydantic model")
     return FieldType(value.kind, value.message, map_key=key.kind)
@@ -160,10 +180,20 @@ def _list_type(plain: Any, arguments: tuple[Any, ...]) -> FieldType:
     items = {argument for argument in arguments if argument is not Ellipsis}
     if len(items) != 1:
         return FieldType(_T.TYPE_MESSAGE, VALUE)  # a tuple of several types
-    inner = field_type(items.pop())
+    item = items.pop()
+    inner = field_type(item)
+    _refuse_none(item, inner)
     if inner.is_repeated or inner.map_key is not None:
         raise DeclarationError(f"{_text(plain)}: a list of lists has no form in protobuf: make its items a model")
     return FieldType(inner.kind, inner.message, is_repeated=True)
+
+
+def _refuse_none(item: Any, found: FieldType) -> None:
+    """Refuse items that may be None, which protobuf has in a Value only."""
+    if found.message != VALUE and may_be_none(item):
+        raise DeclarationError(
+            f"{item}: what is in a list or a map cannot be None in protobuf: use Any for it, or a model"
+        )
 
 
 def _integer_type(constraints: Sequence[Any]) -> FieldDescriptorProto.Type.ValueType:

@@ -34,12 +34,23 @@ _Program = Callable[..., Coroutine[Any, Any, _Result]]
 class Runtime:
     """What one program knows of the mesh. `connect` makes one; a served component has its own."""
 
-    def __init__(self, discovery: Discovery, *, namespace: str, waits: Waits | None = None) -> None:
-        """Follow the processes of `namespace` from `start` on; `discovery` stays the caller's to close."""
+    def __init__(
+        self,
+        discovery: Discovery,
+        *,
+        namespace: str,
+        waits: Waits | None = None,
+        unreached_door: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        """Follow the processes of `namespace` from `start` on; `discovery` stays the caller's to close.
+
+        `unreached_door` returns the address of the door that discovery is read by, while nobody answers there.
+        """
         self.waits = waits or Waits()
         self.channels = Channels()
         self.publications: Publications | None = None
         """Of the component that this program serves."""
+        self.unreached_door = unreached_door
         self._discovery = discovery
         self._namespace = namespace
         self._peers = Peers(discovery, namespace=namespace)
@@ -94,7 +105,7 @@ async def connect(target: str = DEFAULT_TARGET) -> AsyncIterator[Runtime]:
     """Connect to the mesh whose gRPC door is at `target`, for the block."""
     async with grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS) as channel:
         door = DoorDiscovery(channel)
-        runtime = Runtime(door, namespace="")
+        runtime = Runtime(door, namespace="", unreached_door=lambda: None if _is_reached(channel) else target)
         try:
             runtime.start()
             with placed(Place(runtime)):
@@ -102,6 +113,10 @@ async def connect(target: str = DEFAULT_TARGET) -> AsyncIterator[Runtime]:
         finally:
             await runtime.aclose()
             await door.aclose()
+
+
+def _is_reached(channel: grpc.aio.Channel) -> bool:
+    return channel.get_state() is grpc.ChannelConnectivity.READY
 
 
 def worker(

@@ -55,7 +55,7 @@ class ComponentServicer:
 
     def _handler(self, endpoint: EndpointDefinition) -> Any:
         method = self._contract.service.methods_by_name[endpoint.name]
-        requests = codec_of(method.input_type, endpoint.request_type, required_lists=self._contract.required_lists)
+        requests = codec_of(method.input_type, endpoint.request_type)
         answers = codec_of(method.output_type, endpoint.response_type)
         name = f"{self._definition.address}/{endpoint.name}"
         call = getattr(self._instance, endpoint.method)

@@ -19,7 +19,7 @@ from kvmesh.core.approximate_index import ApproximateIndex
 from kvmesh.core.errors import MeshError, OutOfTimeError, Reason, TryElsewhereError
 from kvmesh.core.ids import Epoch, SequenceHash, WorkerId, WorkerRank
 from kvmesh.core.prefill_choice import PrefillCandidate, choose_prefill_worker
-from kvmesh.core.roster import WorkerRecord
+from kvmesh.core.roster import WorkerRecord, WorkerRole
 from kvmesh.core.waits import Waits
 from kvmesh.services.channels import Channels
 from kvmesh.services.owned_tasks import OwnedTasks
@@ -101,6 +101,7 @@ class DirectPrefills:
     def _choose(
         self, task: prefill_queue_pb2.PrefillTask, hashes: tuple[SequenceHash, ...], asked: set[WorkerId]
     ) -> WorkerRecord | None:
+        self._forget_gone()
         known = {one.worker_id: one for one in self._peers.prefill_records(task.model) if one.worker_id not in asked}
         for record in known.values():
             if self._epochs.get(record.worker_id) != record.epoch:  # it came back with an empty cache
@@ -120,6 +121,13 @@ class DirectPrefills:
         prompt_tokens = task.first_block * self._block_size + task.uncached_tokens
         chosen = choose_prefill_worker(candidates, prompt_tokens=prompt_tokens, rng=self._rng)
         return known[chosen.worker_id] if chosen is not None else None
+
+    def _forget_gone(self) -> None:
+        """Keep what is known of the workers that are there, draining or not: whoever comes back begins anew."""
+        live = {record.worker_id for record in self._peers.roster.records(WorkerRole.PREFILL)}
+        for worker_id in self._epochs.keys() - live:
+            del self._epochs[worker_id]
+            self._caches.remove_worker(worker_id)
 
     async def _ask(
         self, worker: WorkerRecord, task: prefill_queue_pb2.PrefillTask, patience: Patience
@@ -158,6 +166,8 @@ class DirectPrefills:
         finally:
             self._tokens_in_flight[worker.worker_id] -= task.uncached_tokens
             self._tasks_in_flight[worker.worker_id] -= 1
+            if not self._tasks_in_flight[worker.worker_id]:  # none: the ids of workers that left are not kept
+                del self._tokens_in_flight[worker.worker_id], self._tasks_in_flight[worker.worker_id]
 
     def _leave(
         self,

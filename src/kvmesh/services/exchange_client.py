@@ -293,6 +293,19 @@ class ExchangePool:
         self._channels = channels
         self._waits = waits
         self._open: dict[str, ExchangeClient] = {}
+        self._lost: set[str] = set()
+        """Whose exchange ended, and who was not seen connected since."""
+
+    def reaches(self, address: str) -> bool:
+        """Tell whether a request could be sent to a worker now, as far as is known; one that is not connected is asked.
+
+        A worker of whom nothing is known yet counts as reached.
+        """
+        state = self._channels.get(address).get_state(try_to_connect=True)
+        if state is grpc.ChannelConnectivity.READY:
+            self._lost.discard(address)
+            return True
+        return address not in self._lost and state is not grpc.ChannelConnectivity.TRANSIENT_FAILURE
 
     async def get(self, address: str) -> ExchangeClient:
         """Return the exchange with a worker. Raises: TryElsewhereError(WORKER_LOST) if it is not reached."""
@@ -310,6 +323,7 @@ class ExchangePool:
             ) from exc
         exchange = self._open.get(address)  # another request may have opened it meanwhile
         if exchange is None:
+            self._lost.discard(address)
             exchange = self._open[address] = ExchangeClient(
                 decode_worker_pb2_grpc.DecodeWorkerStub(channel).Exchange(),
                 opening=self._opening,
@@ -326,3 +340,4 @@ class ExchangePool:
     def _forget(self, address: str, ended: ExchangeClient) -> None:
         if self._open.get(address) is ended:
             del self._open[address]
+            self._lost.add(address)

@@ -13,12 +13,14 @@ from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
 from grpc_status import rpc_status
 
+from kvmesh import telemetry
 from kvmesh.core.errors import MeshError, NotServedError, Reason, TryElsewhereError
 from kvmesh.services.channels import Channels
+from kvmesh.services.running_calls import RunningCalls
 from kvmesh.wire.error_catalog import from_rpc_error
 
-DEFAULT_TIMEOUT_S = 5.0
-"""Bound of a call whose client set none."""
+_QUESTION_S = 5.0
+"""Bound of a question whose client set none; what is watched has no end."""
 _LONGEST_S = 86_400.0
 """gRPC takes a deadline of centuries for one that has passed."""
 _C = grpc.StatusCode
@@ -33,11 +35,25 @@ _CODES_OF_GRPC_ITSELF = frozenset(
 class ForwardedService:
     """Has a method per RPC of a service, as its generated servicer would; calls with a client's stream are refused."""
 
-    def __init__(self, service: ServiceDescriptor, *, address: Callable[[], str | None], channels: Channels) -> None:
-        """Pass calls on to where `address` says the service is now; None = nowhere."""
+    def __init__(
+        self,
+        service: ServiceDescriptor,
+        *,
+        address: Callable[[], str | None],
+        channels: Channels,
+        request_s: float | None = None,
+        calls: RunningCalls | None = None,
+    ) -> None:
+        """Pass calls on to where `address` says the service is now; None = nowhere. They are counted in `calls`.
+
+        `request_s` bounds a call whose client set no deadline, streams included. None: the service answers questions,
+        at once or not at all, and streams what is watched.
+        """
         self._service = service
         self._address = address
         self._channels = channels
+        self._request_s = request_s
+        self._calls = calls or RunningCalls()
         for method in service.methods:
             setattr(self, method.name, self._handler(method))
 
@@ -48,25 +64,31 @@ class ForwardedService:
         answer_type = GetMessageClass(method.output_type)
 
         async def forward(request: Any, context: Any) -> Any:
-            call = self._channel().unary_unary(path, type(request).SerializeToString, answer_type.FromString)
-            try:
-                return await call(request, timeout=_timeout_s(context, DEFAULT_TIMEOUT_S), metadata=_metadata(context))
-            except grpc.aio.AioRpcError as exc:
-                await _end_as_told(exc, context)
-                raise _error_of(exc, context) from exc
+            timeout_s = _timeout_s(context, self._request_s or _QUESTION_S)
+            with self._calls.running():
+                call = self._channel().unary_unary(path, type(request).SerializeToString, answer_type.FromString)
+                try:
+                    return await call(request, timeout=timeout_s, metadata=_metadata(context))
+                except grpc.aio.AioRpcError as exc:
+                    self._count_bound(exc, context)
+                    await _end_as_told(exc, context)
+                    raise self._error_of(exc, context) from exc
 
         async def forward_stream(request: Any, context: Any) -> AsyncIterator[Any]:
-            open_call = self._channel().unary_stream(path, type(request).SerializeToString, answer_type.FromString)
-            call = open_call(request, timeout=_timeout_s(context, None), metadata=_metadata(context))
-            try:
-                async for answer in call:
-                    yield answer
-            except grpc.aio.AioRpcError as exc:
-                await _end_as_told(exc, context)
-                raise from_rpc_error(exc) from exc
-            finally:
-                with suppress(grpc.RpcError):
-                    call.cancel()
+            timeout_s = _timeout_s(context, self._request_s)
+            with self._calls.running():
+                open_call = self._channel().unary_stream(path, type(request).SerializeToString, answer_type.FromString)
+                call = open_call(request, timeout=timeout_s, metadata=_metadata(context))
+                try:
+                    async for answer in call:
+                        yield answer
+                except grpc.aio.AioRpcError as exc:
+                    self._count_bound(exc, context)
+                    await _end_as_told(exc, context)
+                    raise from_rpc_error(exc) from exc
+                finally:
+                    with suppress(grpc.RpcError):
+                        call.cancel()
 
         return forward_stream if method.server_streaming else forward
 
@@ -75,6 +97,18 @@ class ForwardedService:
         if address is None:
             raise TryElsewhereError(Reason.WORKER_LOST, f"nobody serves {self._service.full_name} at the moment")
         return self._channels.get(address)
+
+    def _count_bound(self, exc: grpc.aio.AioRpcError, context: Any) -> None:
+        is_deadline = exc.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        if is_deadline and self._request_s is not None and context.time_remaining() is None:
+            telemetry.WAIT_ENDED.labels(wait="request_s").inc()
+
+    def _error_of(self, exc: grpc.aio.AioRpcError, context: Any) -> MeshError:
+        """Return how gRPC failed; a question without a deadline that is not answered soon found nobody."""
+        is_deadline = exc.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        if is_deadline and self._request_s is None and context.time_remaining() is None:
+            return TryElsewhereError(Reason.WORKER_LOST, exc.details() or "no answer")
+        return from_rpc_error(exc)
 
     async def _refuse(self, request: Any, context: Any) -> Any:
         raise NotServedError(Reason.UNIMPLEMENTED, "call the service itself: this door passes single requests on")
@@ -104,10 +138,3 @@ async def _end_as_told(exc: grpc.aio.AioRpcError, context: Any) -> None:
         await context.abort_with_status(rpc_status.to_status(status))
     if exc.code() not in _CODES_OF_GRPC_ITSELF:
         await context.abort(exc.code(), exc.details() or "")
-
-
-def _error_of(exc: grpc.aio.AioRpcError, context: Any) -> MeshError:
-    """Return how gRPC failed; where the caller set no deadline, a question that is not answered soon found nobody."""
-    if exc.code() is grpc.StatusCode.DEADLINE_EXCEEDED and context.time_remaining() is None:
-        return TryElsewhereError(Reason.WORKER_LOST, exc.details() or "no answer")
-    return from_rpc_error(exc)

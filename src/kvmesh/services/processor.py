@@ -94,6 +94,10 @@ class Processor:
         await self._progress.aclose()
         await self._exchanges.aclose()
 
+    def reaches(self, record: WorkerRecord) -> bool:
+        """Tell whether a request could be sent to a worker now, as far as is known."""
+        return self._exchanges.reaches(record.address)
+
     def models(self) -> frontend_pb2.ListModelsResponse:
         """List the models of the live decode workers, sorted by name."""
         return served_models(self._peers.roster)
@@ -183,11 +187,12 @@ class Processor:
         tokenizer = self._tokenizers.get(model)
         workers = self._peers.roster.of(WorkerRole.DECODE, model)
         accepts = accepted_forms(workers) or frozenset({TEXT if tokenizer is None else TOKENS})
-        prompt = await prepare_prompt(run.request.prompt, tokenizer=tokenizer, accepts=accepts)
+        max_context_tokens = min(map(context_tokens, workers), default=0)
+        prompt = await prepare_prompt(
+            run.request.prompt, tokenizer=tokenizer, accepts=accepts, max_context_tokens=max_context_tokens
+        )
         sampling = resolve_sampling(
-            run.request.sampling,
-            prompt_tokens=prompt.prompt_tokens,
-            max_context_tokens=min(map(context_tokens, workers), default=0),
+            run.request.sampling, prompt_tokens=prompt.prompt_tokens, max_context_tokens=max_context_tokens
         )
         run.resolved = Resolved(model, prompt, sampling)
         detokenizer = None

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,6 +20,12 @@ TOKENS, TEXT = "tokens", "text"
 """Prompt forms, as worker records name them."""
 _OFF_LOOP_CHARS = 4096
 """Texts longer than this are tokenised in a thread: the loop would stand still for milliseconds."""
+_MOST_CHARS_PER_TOKEN = 256
+"""No vocabulary in use has a longer token (runs of spaces and of dashes come near): text longer than so many for each
+token of the context need not be tokenised to be refused."""
+_TOKENISING = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenise")
+"""Long texts of all processors of this process, two at a time, in turn: each takes a core for as long as it lasts, and
+up to a hundred times its size in memory. One that nobody waits for any more by its turn is left out."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,9 +49,11 @@ class PreparedPrompt:
 
 
 async def prepare_prompt(
-    prompt: generation_pb2.Prompt, *, tokenizer: Tokenizer | None, accepts: frozenset[str]
+    prompt: generation_pb2.Prompt, *, tokenizer: Tokenizer | None, accepts: frozenset[str], max_context_tokens: int = 0
 ) -> PreparedPrompt:
     """Render and tokenise as the workers need it; `accepts`: the forms they read, together.
+
+    `max_context_tokens` is what every one of them has room for, prompt and output; 0 = not known.
 
     Raises: FixRequestError(INVALID_FIELD or EMPTY_PROMPT) naming the field.
     """
@@ -59,7 +68,14 @@ async def prepare_prompt(
         return PreparedPrompt(text, None, text_tokens(text))
     # A chat template writes the special tokens itself.
     encode = partial(tokenizer.encode, add_special_tokens=prompt.WhichOneof("input") != "messages")
-    token_ids = await asyncio.to_thread(encode, text) if len(text) > _OFF_LOOP_CHARS else encode(text)
+    if max_context_tokens and len(text) > max_context_tokens * _MOST_CHARS_PER_TOKEN:
+        raise invalid(
+            "prompt", f"{len(text)} characters leave no room in a context of {max_context_tokens} tokens: shorten it"
+        )
+    if len(text) > _OFF_LOOP_CHARS:
+        token_ids = await asyncio.get_running_loop().run_in_executor(_TOKENISING, encode, text)
+    else:
+        token_ids = encode(text)
     if not len(token_ids):
         raise FixRequestError(Reason.EMPTY_PROMPT, "the prompt has no tokens", field="prompt")
     return PreparedPrompt(text, token_ids, token_ids)

@@ -70,5 +70,8 @@ class WarmUps:
         except (MeshError, TimeoutError) as error:
             telemetry.KV_WARM_UPS.labels(outcome="failed").inc()
             log.debug("transport.not_warm", worker_id=record.worker_id, error=str(error))
+        except Exception:  # a transport's fault with one source: the others' turns still come
+            telemetry.KV_WARM_UPS.labels(outcome="failed").inc()
+            log.exception("transport.warm_up_failed", worker_id=record.worker_id)
         else:
             telemetry.KV_WARM_UPS.labels(outcome="done").inc()

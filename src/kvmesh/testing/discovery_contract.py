@@ -48,6 +48,13 @@ class DiscoveryContract:
         assert first == Snapshot((make_record(0),))
         assert second == Put(make_record(1))
 
+    async def test_what_the_store_holds_is_registered(self, discovery: Discovery) -> None:
+        """Who waits for its record to stand goes on."""
+        registration = await discovery.register(make_record(0))
+
+        async with asyncio.timeout(WAIT_S):
+            await registration.wait_registered()
+
     async def test_empty_store_answers_an_empty_snapshot(self, discovery: Discovery) -> None:
         """A watcher learns that nobody is there, rather than nothing."""
         async with aclosing(discovery.watch(NAMESPACE)) as events:

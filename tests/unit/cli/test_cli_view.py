@@ -1,6 +1,7 @@
 """The view of a mesh: what of a topology reaches the screen."""
 
 import io
+import shlex
 
 import pytest
 from rich.console import Console, RenderableType
@@ -124,10 +125,19 @@ def test_the_live_view_tells_where_the_mesh_is_and_how_to_try_it() -> None:
 
 
 def test_the_curl_line_is_the_hello_world() -> None:
-    assert curl_line("127.0.0.1:8000") == (
-        "curl -s http://127.0.0.1:8000/generate -H 'content-type: application/json' "
-        """-d '{"prompt": "Tell me a joke"}'"""
-    )
+    assert curl_line("127.0.0.1:8000") == """curl -s 127.0.0.1:8000/generate -d '{"prompt": "Tell me a joke"}'"""
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]", "inference-gateway-7.cluster.example"])
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_what_to_copy_is_the_same_command_on_a_narrow_terminal(host: str, width: int) -> None:
+    doors = Doors(http_address=f"{host}:8000", grpc_address="127.0.0.1:50051")
+
+    screen = rendered(mesh_view(mesh_of(), doors, tokens_per_s=0.0, width=width), width=width)
+
+    copied = screen[screen.index("curl") :].partition("\n\n")[0]  # up to the blank line
+    command = copied.replace("\\\n", "")  # as a shell reads it
+    assert shlex.split(command) == ["curl", "-s", f"{host}:8000/generate", "-d", '{"prompt": "Tell me a joke"}']
 
 
 def test_workers_beyond_the_screen_are_counted() -> None:

@@ -14,7 +14,7 @@ from kvmesh.engines.engine import EngineRequest, Sampling
 from kvmesh.engines.numpy_llama import NumpyLlamaEngine
 from kvmesh.engines.numpy_llama_attention import Scratch, plan_attention
 from kvmesh.engines.numpy_llama_options import NumpyLlamaOptions
-from kvmesh.engines.numpy_llama_sampling import pick_token, pick_tokens
+from kvmesh.engines.numpy_llama_sampling import pick_tokens
 from kvmesh.engines.numpy_llama_weights import Floats, LlamaWeights, load_weights
 from kvmesh.testing.engine_contract import NOTHING_HELD, Answer, held, prompt_tokens, run_all, token_request
 from kvmesh.testing.tiny_model import write_tiny_model
@@ -178,4 +178,4 @@ def test_token_of_a_row_is_one_of_its_likeliest_and_the_same_alone(rows: list[An
         shares = np.exp((row[kept] - row[kept[0]]) / sampling.temperature)
         nucleus = int(np.searchsorted(np.cumsum(shares / shares.sum()), sampling.top_p - 1e-9)) + 1
         assert token in kept[: nucleus + 1]
-        assert token == pick_token(row, sampling, seed=sampling.seed or 0, position=position)
+        assert [token] == pick_tokens(row[np.newaxis], [sampling], seeds=[sampling.seed or 0], positions=[position])

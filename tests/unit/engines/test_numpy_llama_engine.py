@@ -12,7 +12,7 @@ from kvmesh.core.errors import FixRequestError, Reason, TryElsewhereError
 from kvmesh.engines.engine import EngineRequest, FinishReason, Sampling
 from kvmesh.engines.numpy_llama import NumpyLlamaEngine
 from kvmesh.engines.numpy_llama_options import NumpyLlamaOptions, parse
-from kvmesh.engines.numpy_llama_sampling import pick_token, token_probabilities
+from kvmesh.engines.numpy_llama_sampling import pick_tokens, token_probabilities
 from kvmesh.engines.numpy_llama_weights import LlamaWeights, load_weights
 from kvmesh.testing.engine_contract import NOTHING_HELD, attempt, held, prompt_tokens, run_all, token_request
 from kvmesh.testing.tiny_model import write_tiny_model
@@ -244,7 +244,9 @@ def test_draws_follow_the_probabilities() -> None:
     logits = np.log(np.array([0.1, 0.6, 0.3]))
     sampling = Sampling(max_tokens=1, temperature=1.0)
 
-    drawn = Counter(pick_token(logits, sampling, seed=9, position=position) for position in range(4_000))
+    drawn = Counter(
+        pick_tokens(np.tile(logits, (4_000, 1)), [sampling] * 4_000, seeds=[9] * 4_000, positions=range(4_000))
+    )
 
     assert drawn[0] / 4_000 == pytest.approx(0.1, abs=0.03)
     assert drawn[1] / 4_000 == pytest.approx(0.6, abs=0.03)
@@ -279,7 +281,9 @@ def test_vanishing_temperature_is_greedy(temperature: float) -> None:
     logits = np.array([3.0, 7.0, 6.99, -800.0])
     sampling = Sampling(max_tokens=1, temperature=temperature)
 
-    assert {pick_token(logits, sampling, seed=1, position=position) for position in range(50)} == {1}
+    tokens = pick_tokens(np.tile(logits, (50, 1)), [sampling] * 50, seeds=[1] * 50, positions=range(50))
+
+    assert tokens == [1] * 50
 
 
 def test_options_from_text_name_what_is_wrong() -> None:

@@ -1,5 +1,6 @@
 """The OpenAPI document: what it says of routes, parameters, bodies and messages."""
 
+import re
 from typing import Any
 
 import pytest
@@ -8,9 +9,11 @@ from google.protobuf import descriptor_pb2, descriptor_pool, duration_pb2, struc
 from google.protobuf.descriptor import ServiceDescriptor
 
 from kvmesh.gateway.api_document import api_document
-from kvmesh.gateway.contract_comments import comments_of, contract_comments
+from kvmesh.gateway.contract_comments import contract_comments
+from kvmesh.gateway.json_schemas import Schemas
 from kvmesh.gateway.routes import rules_of
 from kvmesh.v1 import frontend_pb2, worker_control_pb2
+from kvmesh.wire.comments import comments_of
 
 FIELD = descriptor_pb2.FieldDescriptorProto
 PACKAGE = "documented"
@@ -161,8 +164,16 @@ def test_comments_are_found_by_the_names_of_what_they_stand_before() -> None:
         file.source_code_info.location.add(path=path, leading_comments=text)
 
     assert comments_of(file) == {
-        "said.Outer": "An outer one.",
+        "said.Outer": "An outer\n one.",
         "said.Outer.Inner.field": "A field.",
         "said.Talk.Say": "Say it.",
     }
     assert contract_comments()["kvmesh.v1.Frontend.ListModels"].startswith("List the models")
+
+
+@pytest.mark.parametrize("value", [2**63 - 1, -(2**63), 2**62, 0])
+def test_the_pattern_of_an_int64_takes_all_of_them(value: int) -> None:
+    pattern = Schemas({}).of_message(wrappers_pb2.Int64Value.DESCRIPTOR)["pattern"]
+
+    assert re.search(pattern, str(value))
+    assert not re.search(pattern, "1" * 20)

@@ -242,6 +242,8 @@ async def test_the_path_wins_over_the_body() -> None:
         (b"id=other", "id"),
         (b"item.size=1&item.size=2", "item.size"),
         (b"tags.x=1", "tags.x"),
+        (b"wait=1s&wait.seconds=1", "wait.seconds"),
+        (b"wait.seconds=1&wait=1s", "wait"),
         (b"is_set=maybe", "is_set"),
         (b"color=COLOR_GREEN", "color"),
         (b"extra=1", "extra"),

@@ -115,4 +115,6 @@ def test_the_gpus_of_a_machine_are_those_it_is_told_or_has(tmp_path: Path) -> No
 
     assert devices_here({"CUDA_VISIBLE_DEVICES": "3, GPU-1"}, devices=tmp_path) == ("3", "GPU-1")
     assert devices_here({"CUDA_VISIBLE_DEVICES": ""}, devices=tmp_path) == ()
+    assert devices_here({"CUDA_VISIBLE_DEVICES": "-1"}, devices=tmp_path) == ()
+    assert devices_here({"CUDA_VISIBLE_DEVICES": "2,-1,0"}, devices=tmp_path) == ("2",)
     assert devices_here({}, devices=tmp_path) == ("0", "2", "10")

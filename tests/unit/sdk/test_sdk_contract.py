@@ -1,6 +1,8 @@
 """Python types as a contract: what becomes what, as protoc reads the printed file, and there and back again."""
 
+import base64
 import subprocess
+import zlib
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from enum import Enum
@@ -15,10 +17,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from kvmesh.core.errors import FixRequestError, MeshError, Reason
 from kvmesh.sdk import endpoint, service
 from kvmesh.sdk.codec import Codec, answer_bytes, codec_of
-from kvmesh.sdk.contract import comments_of, contract_of, decode_contract
+from kvmesh.sdk.contract import contract_of, decode_contract
 from kvmesh.sdk.definitions import definition_of
 from kvmesh.sdk.proto_source import proto_source
 from kvmesh.v1 import generation_pb2
+from kvmesh.wire.comments import comments_of
 
 ROOT = Path(__file__).parents[3]
 PROTOC = ROOT / ".venv-protos" / "bin" / "python"
@@ -91,7 +94,7 @@ FIELDS = {field.name: field for field in CONTRACT.service.methods_by_name["echo"
 
 def codec(annotation: Any = Everything) -> Codec:
     descriptor = CONTRACT.service.methods_by_name["echo"].input_type
-    return codec_of(descriptor, annotation, required_lists=CONTRACT.required_lists)
+    return codec_of(descriptor, annotation)
 
 
 def refusal(data: object, model: Codec) -> str | None:
@@ -188,6 +191,13 @@ def test_a_contract_travels_as_text() -> None:
     for text in ("", "no base64!", "AAAA", CONTRACT.encode()[:-8]):
         with pytest.raises(ValueError, match="no contract"):
             decode_contract(text)
+
+
+def test_a_contract_of_a_stranger_is_read_in_bounded_memory() -> None:
+    bomb = base64.b64encode(zlib.compress(bytes(1 << 26))).decode()
+
+    with pytest.raises(ValueError, match="longer than 1048576 bytes"):
+        decode_contract(bomb)
 
 
 FULL = Everything(

@@ -22,6 +22,9 @@ class Upper:
         self.mark = mark
         self.started = False
 
+    async def plain(self, request: Text) -> Text:
+        return request
+
     @on_start
     async def prepare(self) -> None:
         self.started = True
@@ -231,9 +234,40 @@ def _hook_with_arguments() -> None:
             return
 
 
+def _declare_field(**annotations: Any) -> Callable[[], None]:
+    model = type("Odd", (BaseModel,), {"__annotations__": annotations})
+
+    async def go(self: object, request: Any) -> Text:
+        return Text(text="")
+
+    go.__annotations__["request"] = model
+
+    def declare() -> None:
+        service(namespace="ns")(type("Wrong", (), {"go": endpoint()(go)}))
+
+    return declare
+
+
+def _name_that_callers_have() -> None:
+    class _Wrong:
+        @endpoint()
+        async def worker_ids(self, request: Text) -> Text:
+            return request
+
+
+def _given_name_that_callers_have() -> None:
+    endpoint(name="worker_ids")(vars(Upper)["plain"])
+
+
 @pytest.mark.parametrize(
     ("declare", "says"),
     [
+        (_name_that_callers_have, "'worker_ids' asks a dependency for its instances: rename the endpoint"),
+        (_given_name_that_callers_have, "'worker_ids' asks a dependency for its instances: rename the endpoint"),
+        (_declare_field(items=list[int | None]), "Odd.items: int | None: what is in a list or a map cannot be None"),
+        (_declare_field(items=dict[str, Text | None]), "what is in a list or a map cannot be None in protobuf"),
+        (_declare_field(größe=int), "Odd.größe: a name of protobuf has letters of ASCII, digits and _: rename"),
+        (_declare_field(foo_bar=int, fooBar=int), "Odd: foo_bar and fooBar are both 'fooBar' in JSON: rename one"),
         (_sync, "must be async: write `async def go(self, request: ...)`"),
         (_without_request_type, "annotate it, `request: YourRequest`"),
         (_without_request, "must take one request: `async def go(self, request: YourRequest)`"),

@@ -182,7 +182,13 @@ function showAll() {
 
 // The operation that the address names after "#" is open.
 function openLinked() {
-  const linked = document.getElementById(decodeURIComponent(location.hash.slice(1)));
+  let id = location.hash.slice(1);
+  try {
+    id = decodeURIComponent(id);
+  } catch {
+    // "#100%": it names no operation either way
+  }
+  const linked = document.getElementById(id);
   if (linked?.matches("details")) {
     linked.open = true;
     linked.scrollIntoView();
