@@ -22,6 +22,8 @@ from kvmesh.sdk import (
 
 NAMESPACE = "disagg-demo"
 SLOTS = 16
+LIKE = 0.6
+"""From this likeness on, 0..1, two prompts are taken to begin alike; any two texts have some letters in common."""
 
 
 class Request(BaseModel):
@@ -94,7 +96,7 @@ class DecodeWorker:
 
 @service(namespace=NAMESPACE)
 class Router:
-    """Chooses by the likeness of a prompt to what each worker answered last, and by load."""
+    """Chooses by load, and by the likeness of a prompt to what each worker answered last where that is enough."""
 
     worker = depends(DecodeWorker)
 
@@ -120,9 +122,11 @@ class Router:
         return Chosen(worker_id=chosen, similarity=likeness)
 
     def _cost_function(self, prompt: str, metrics: AggregatedMetrics) -> dict[str, float]:
-        return {
-            one.worker_id: one.gpu_cache_usage_perc - self._likeness(one.worker_id, prompt) for one in metrics.endpoints
-        }
+        costs = {}
+        for one in metrics.endpoints:
+            likeness = self._likeness(one.worker_id, prompt)
+            costs[one.worker_id] = one.gpu_cache_usage_perc - (likeness if likeness >= LIKE else 0.0)
+        return costs
 
     def _likeness(self, worker_id: str, prompt: str) -> float:
         return SequenceMatcher(None, self.last_prompt.get(worker_id, ""), prompt).ratio()

@@ -82,7 +82,7 @@ class TestGenerate:
         done = run_kvmesh("generate", "a fresh prompt", "--max-tokens", "5", "--target", mesh.grpc_address)
 
         assert done.returncode == 0
-        assert re.fullmatch(r".{5}", done.stdout)
+        assert re.fullmatch(r".{5}\n", done.stdout)
         assert re.fullmatch(
             r"\[NODE[12]/decode/[01]: 5 tokens, length; prompt 14 tokens, 0 cached, 0 predicted; prefill local]\n",
             done.stderr,
@@ -94,7 +94,7 @@ class TestGenerate:
         streamed, whole = run_kvmesh(*request), run_kvmesh(*request, "--no-stream")
 
         assert whole.returncode == 0
-        assert len(whole.stdout) == 20
+        assert re.fullmatch(r".{20}\n", whole.stdout)
         assert streamed.stdout == whole.stdout
 
     def test_explain_shows_every_candidate_and_every_term_on_stderr(self, mesh: MeshProcess) -> None:
@@ -102,7 +102,7 @@ class TestGenerate:
 
         lines = done.stderr.splitlines()
         assert done.returncode == 0
-        assert re.fullmatch(r".{5}", done.stdout)
+        assert re.fullmatch(r".{5}\n", done.stdout)
         assert {"worker", "cost"} <= set(lines[0].split())
         assert {line.split()[0] for line in lines[1:3]} == {"NODE1/decode/0", "NODE2/decode/1"}
         assert sum("chosen" in line.split() for line in lines) == 1
@@ -157,17 +157,19 @@ def test_a_drained_worker_takes_nothing_new_and_probes_as_4() -> None:
         address = {worker["id"]: worker["address"] for worker in _status(mesh)["workers"]}["NODE1/decode/0"]
 
         drained = run_kvmesh("drain", "NODE1/decode/0", "--timeout", "5", "--target", mesh.grpc_address)
+        again = run_kvmesh("drain", "NODE1/decode/0", "--timeout", "5", "--target", mesh.grpc_address)
         probed = run_kvmesh("probe", address)
         served = [run_kvmesh("generate", f"prompt {n}", "--target", mesh.grpc_address).stdout for n in range(3)]
 
         assert (drained.returncode, drained.stderr) == (0, "")
         assert drained.stdout == "NODE1/decode/0 is drained: 0 finished, 0 cancelled\n"
+        assert (again.returncode, again.stdout) == (0, "NODE1/decode/0 was drained already\n")
         assert {worker["id"]: worker["state"] for worker in _status(mesh)["workers"]} == {
             "NODE1/decode/0": "draining",
             "NODE2/decode/1": "ready",
         }
         assert (probed.returncode, probed.stderr) == (4, f"error: {address} is NOT_SERVING\n")
-        assert served == [f"prompt {n}_GeneratedBy_NODE2" for n in range(3)]
+        assert served == [f"prompt {n}_GeneratedBy_NODE2\n" for n in range(3)]
 
 
 def test_draining_an_unknown_worker_is_refused(mesh: MeshProcess) -> None:

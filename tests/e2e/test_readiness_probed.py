@@ -71,6 +71,7 @@ def test_workers_that_lose_their_queue_probe_as_4_and_go_on_answering(cluster: C
     cluster.serve("queue")
     for worker, name in roles:
         wait_for(worker, name, SERVING)
+        worker.wait_logged("worker.has", part="queue")
 
     assert probed == [4, 0]
     assert answer.status_code == 200, json.dumps(answer.json())

@@ -96,11 +96,18 @@ async def test_remote_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_disagg_skeleton(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [
+        "Tell me a joke",
+        "Which team won 2020 World Series",
+        "Tell me a fact",
+        "This is prefill disagg serving example",
+    ]
     async with example(monkeypatch, "disagg_skeleton", "Processor") as (_, http):
         path = "disagg-demo/Processor/generate"
-        prompts = ["Tell me a joke", "0123456789", "Tell me a joke!", "01234567890"]
         answers = [(await ask(http, path, prompt=prompt, request_id="id_number"))[0] for prompt in prompts]
 
+    readme = (EXAMPLES / "disagg_skeleton" / "README.md").read_text()
     workers = [answer["worker_output"].rpartition("_GeneratedBy_")[2] for answer in answers]
     assert [answer["request_id"] for answer in answers] == ["id_number"] * 4
     assert workers[0] == workers[2] != workers[1] == workers[3]
+    assert all(prompt in readme for prompt in prompts)

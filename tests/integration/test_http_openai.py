@@ -5,6 +5,7 @@ import json
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import httpx
 import openai
@@ -217,11 +218,20 @@ async def test_choices_that_all_fail_before_their_first_output_are_one_status(st
     assert refused.value.request_id in generator.request_ids
 
 
-async def test_no_messages_are_a_bad_request(door: Door) -> None:
+@pytest.mark.parametrize("messages", [[], [{"role": "user", "content": ""}], [{"role": "user", "content": None}]])
+async def test_no_messages_or_none_with_text_are_a_bad_request(door: Door, messages: Any) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
-        await door.client.chat.completions.create(model="tiny/llama", messages=[])
+        await door.client.chat.completions.create(model="tiny/llama", messages=messages)
 
-    assert refused.value.param == "messages"
+    assert (refused.value.param, refused.value.code) == ("messages", "empty_prompt")
+
+
+async def test_message_without_content_beside_one_with_text_is_taken(door: Door) -> None:
+    messages: Any = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": None}]
+
+    answer = await door.client.chat.completions.create(model="tiny/llama", messages=messages)
+
+    assert answer.choices[0].message.content
 
 
 async def test_what_is_not_served_is_a_bad_request_naming_it(door: Door) -> None:

@@ -73,7 +73,8 @@ async def test_a_call_waits_for_a_worker_where_none_can_be_reached(
 ) -> None:
     client = await client_of(mesh)
     alive = await move(mesh, closed_address())
-    changed, came_back = mesh.runtime.changed, []
+    changed = mesh.runtime.changed
+    came_back: list[WorkerRecord] = []
 
     async def comes_back_once_waited_for() -> None:
         if not came_back:
@@ -106,7 +107,7 @@ async def test_an_endpoint_that_may_have_run_is_not_waited_for(mesh: ServedCompo
         await context.abort(grpc.StatusCode.UNAVAILABLE, "Socket closed")
         return b""
 
-    handlers = {"say": grpc.unary_unary_rpc_method_handler(lose)}
+    handlers: dict[str, Any] = {"say": grpc.unary_unary_rpc_method_handler(lose)}
     server = grpc.aio.server()
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("sdk.ns.echo.Echo", handlers),))
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
@@ -137,16 +138,16 @@ async def test_a_door_where_nobody_listens_is_named_and_nothing_else_is_told() -
 
 async def test_a_door_that_answers_is_not_blamed(mesh: ServedComponents) -> None:
     async with connect(mesh.grpc_address) as runtime:
-        await runtime.namespace("ns").component("Echo").endpoint("say").client()
         nobody = await runtime.namespace("ns").component("Nobody").endpoint("say").client()
-        with pytest.raises(TryElsewhereError, match="components that run: .*ns/Echo"):
+        with pytest.raises(TryElsewhereError, match=r"components that run: .*ns/Echo"):
             await nobody.generate({}, timeout_s=2.0)
 
 
 async def test_status_lists_components_and_not_that_there_are_no_workers(
     mesh: ServedComponents, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (record,) = mesh.runtime.workers("ns", "Echo") or await wait_listed(mesh)
+    await client_of(mesh)
+    (record,) = mesh.runtime.workers("ns", "Echo")
 
     await asyncio.to_thread(status, as_json=False, target=mesh.grpc_address, timeout=BOUND_S)
     shown = capsys.readouterr().out
@@ -164,11 +165,6 @@ async def test_status_lists_components_and_not_that_there_are_no_workers(
             ],
         }
     ]
-
-
-async def wait_listed(mesh: ServedComponents) -> tuple[WorkerRecord, ...]:
-    await client_of(mesh)
-    return mesh.runtime.workers("ns", "Echo")
 
 
 async def test_generate_on_components_alone_says_that_there_are_no_decode_workers(mesh: ServedComponents) -> None:

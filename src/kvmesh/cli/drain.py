@@ -28,5 +28,9 @@ def drain(
     request = worker_control_pb2.DrainRequest(worker_id=worker_id, timeout=duration(timeout))
     with open_channel(target) as channel:
         stub = worker_control_pb2_grpc.WorkerControlStub(channel)
+        before = stub.GetInfo(worker_control_pb2.GetInfoRequest(worker_id=worker_id), timeout=_ANSWER_MARGIN_S)
         answer = stub.Drain(request, timeout=timeout + _ANSWER_MARGIN_S)
+    if before.draining and not before.requests:
+        typer.echo(f"{worker_id} was drained already")
+        return
     typer.echo(f"{worker_id} is drained: {answer.finished} finished, {answer.cancelled} cancelled")

@@ -21,7 +21,10 @@ def generate(
     target: Target = DEFAULT_TARGET,
     timeout: Timeout = 300.0,
 ) -> None:
-    """Continue a prompt; Ctrl-C cancels it everywhere. The output goes to stdout as it is, all else to stderr."""
+    """Continue a prompt; Ctrl-C cancels it everywhere.
+
+    The output goes to stdout as it is, and ends with a newline; all else goes to stderr.
+    """
     _require_unicode(prompt, "PROMPT")
     _require_unicode(model, "--model")
     import grpc
@@ -35,7 +38,7 @@ def generate(
         sampling=generation_pb2.SamplingParams(max_tokens=max_tokens, temperature=temperature),
         explain=explain,
     )
-    started, finished, held, is_within_line = frontend_pb2.Started(), None, [], False
+    started, finished, held, written = frontend_pb2.Started(), None, [], ""
     token_count = 0
     with open_channel(target) as channel:
         try:
@@ -50,7 +53,7 @@ def generate(
                         held.append(response.chunk.text)
                     case "chunk":
                         _write(response.chunk.text)
-                        is_within_line = True
+                        written = response.chunk.text or written
                     case "finished":
                         finished = response.finished
         except grpc.RpcError as exc:
@@ -58,13 +61,13 @@ def generate(
                 raise
             raise CommandFailed(broken_text(exc, target, after=_tokens(token_count))) from exc
         finally:
-            if is_within_line:
-                _end_line()  # what comes next, be it an error, begins its own line
+            if written:
+                _end_line(written)  # what comes next, be it an error, begins its own line
     if finished is None:
         raise CommandFailed(f"the stream ended after {_tokens(token_count)} without a result: the output is incomplete")
     if no_stream:
         _write("".join(held))
-        _end_line()
+        _end_line("".join(held))
     typer.secho(footer(started, finished), dim=True, err=True)
 
 
@@ -84,10 +87,10 @@ def _write(text: str) -> None:
         sys.stdout.buffer.flush()
 
 
-def _end_line() -> None:
-    """Have what comes next on the terminal begin its own line."""
-    if sys.stdout.isatty():
-        typer.echo()
+def _end_line(written: str) -> None:
+    """Have what comes next begin its own line, after what was written last."""
+    if not written.endswith("\n"):
+        _write("\n")
 
 
 def _tokens(count: int) -> str:

@@ -1,5 +1,6 @@
 """`kvmesh serve ROLE`: one role of a mesh in this process, for many machines; and `kvmesh serve module:Class`."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -82,7 +83,12 @@ def serve_role(
     ] = False,
     grpc_port: Annotated[
         int | None,
-        typer.Option(help="gRPC port of the door beside your classes; 0 = any. [default: 50051]", metavar="PORT"),
+        typer.Option(
+            help="gRPC port of a frontend, or of the door beside your classes. [default: 50051]", metavar="PORT"
+        ),
+    ] = None,
+    grpc_host: Annotated[
+        str | None, typer.Option(help="gRPC address of the same. [default: 127.0.0.1]", metavar="HOST")
     ] = None,
     only: Annotated[str | None, typer.Option("--only", help="One class of the graph.", hidden=True)] = None,
     exit_with_parent: Annotated[
@@ -97,7 +103,9 @@ def serve_role(
     is_component = ":" in role
     if not is_component:
         _check(role)
-        _refuse_component_flags(file=file, told=told, processes=processes, grpc_port=grpc_port)
+        _refuse_component_flags({"--file": file, "--set": told, "--processes": processes})
+        if role != _FRONTEND:
+            _refuse_door_flags(role, {"--grpc-host": grpc_host, "--grpc-port": grpc_port})
     door = "grpc" if role == _FRONTEND else "process"
     flags: dict[str, Any] = {
         "discovery.store": discovery,
@@ -124,8 +132,9 @@ def serve_role(
         "log.format": log_format,
     }
     flags |= engine_options(engine_option or []) | policy_options(policy_option or [])
-    if grpc_port is not None:
-        flags["grpc.port"] = grpc_port
+    for key, value in (("grpc.host", grpc_host), ("grpc.port", grpc_port)):
+        if value is not None:
+            flags[key] = value
 
     def run(loaded: "LoadedSettings[Settings]") -> None:
         if is_component:
@@ -153,14 +162,27 @@ def _check(role: str) -> None:
 
     roles = (_FRONTEND, *(known.value for known in WorkerRole if known is not WorkerRole.COMPONENT))
     if role not in roles:
-        raise typer.BadParameter(f"no role is called {role!r}; {suggestion(role, roles)}")
+        raise typer.BadParameter(
+            f"no role is called {role!r}; {suggestion(role, roles)}; your own class is MODULE:CLASS, e.g. hello:Upper"
+        )
 
 
-def _refuse_component_flags(**given: Any) -> None:
-    for name, value in given.items():
-        if value:
-            flag = {"told": "--set", "grpc_port": "--grpc-port"}.get(name, f"--{name}")
-            raise CommandFailed(f"{flag} is for MODULE:CLASS: a role takes the settings alone", exit_code=2)
+def _refuse_component_flags(given: Mapping[str, Any]) -> None:
+    wrong = [flag for flag, value in given.items() if value]
+    if wrong:
+        raise CommandFailed(f"{_and(wrong)} for MODULE:CLASS: a role takes the settings alone", exit_code=2)
+
+
+def _refuse_door_flags(role: str, given: Mapping[str, Any]) -> None:
+    wrong = [flag for flag, value in given.items() if value is not None]
+    if wrong:
+        raise CommandFailed(
+            f"{_and(wrong)} for a frontend or MODULE:CLASS: {role} listens at --host and --port", exit_code=2
+        )
+
+
+def _and(flags: Sequence[str]) -> str:
+    return f"{' and '.join(flags)} {'is' if len(flags) == 1 else 'are'}"
 
 
 def _serve(role: str, settings: "Settings", *, exit_with_parent: bool) -> None:

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvmesh.core.errors import FixRequestError, Reason
+from kvmesh.cli.component_failure import failure_of_class
+from kvmesh.cli.options import CommandFailed
+from kvmesh.core.errors import FixRequestError, MeshError, Reason
 
 if TYPE_CHECKING:
     from kvmesh.cli.foreground import ForegroundRole
@@ -38,7 +40,14 @@ def serve_components(
             stop_at_end_of_input()
         await serve(_make(target, settings, services, flags=flags, only=only, processes=processes), show_role)
 
-    uvloop.run(run())
+    try:
+        uvloop.run(run())
+    except Exception as exc:  # a class is anybody's code
+        cause = exc.__cause__ if isinstance(exc, CommandFailed) and exc.__cause__ is not None else exc
+        said = failure_of_class(cause, [one.definition.cls for one in services])
+        if said is None or isinstance(cause, MeshError):
+            raise
+        raise CommandFailed(said) from exc
 
 
 def _make(

@@ -196,8 +196,8 @@ class ChatRequest(OpenAIRequest):
         return self.top_logprobs or 0
 
     def prompt_messages(self) -> list[generation_pb2.Prompt]:
-        """Return the conversation."""
-        if not self.messages:
+        """Return the conversation. Raises: FixRequestError(EMPTY_PROMPT) if none of it has any text."""
+        if not any(item.content for item in self.messages):
             raise FixRequestError(Reason.EMPTY_PROMPT, "", field="messages")
         messages = [generation_pb2.ChatMessage(role=item.role, content=item.content) for item in self.messages]
         return [generation_pb2.Prompt(messages=generation_pb2.ChatMessages(messages=messages))]

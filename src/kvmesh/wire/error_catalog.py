@@ -189,7 +189,12 @@ _MAX_MESSAGE_BYTES = 1024
 def public_text(error: MeshError) -> str:
     """Return what a stranger may read of this error: the catalog's text, then the error's own message where safe."""
     entry, message = CATALOG[error.reason], _public_message(error)
-    return f"{entry.text} {message}" if message and message != entry.text else entry.text
+    return f"{_lead(entry)} {message}" if message and message != entry.text else entry.text
+
+
+def _lead(entry: CatalogEntry) -> str:
+    """Return the catalog's text as what a message follows: that begins in lower case, or with a name as it is."""
+    return f"{entry.text.removesuffix('.')}{';' if ':' in entry.text else ':'}"
 
 
 def retry_after_s(error: MeshError) -> float | None:
@@ -239,7 +244,7 @@ def from_status(status: status_pb2.Status) -> MeshError:
     entry = CATALOG[reason]
     field = metadata.pop("field", None)
     metadata.pop("retryable", None)
-    message = status.message.removeprefix(entry.text).strip()
+    message = status.message.removeprefix(_lead(entry)).removeprefix(entry.text).strip()
     return entry.error_class(reason, message, field=field, retry_after_s=wait_s, metadata=metadata)
 
 

@@ -58,7 +58,7 @@ TOPOLOGY = frontend_pb2.Topology(
     ),
 )
 
-COLOURED = "\x1b[31mr\xe9d\x1b[0m\r\n\x00"
+COLOURED = "\x1b[31mr\xe9d\x1b[0m\r\n\x00\n"
 
 
 @dataclass
@@ -122,6 +122,11 @@ class WorkerControl(worker_control_pb2_grpc.WorkerControlServicer):
             raise NotKnownError(Reason.NOT_FOUND, f"no live worker is called {request.worker_id!r}", field="worker_id")
         return worker_control_pb2.DrainResponse(finished=3, cancelled=1)
 
+    async def GetInfo(
+        self, request: worker_control_pb2.GetInfoRequest, context: Any
+    ) -> worker_control_pb2.GetInfoResponse:
+        return worker_control_pb2.GetInfoResponse(worker_id=request.worker_id, draining=bool(self._mesh.drained))
+
 
 def _started(request: frontend_pb2.GenerateRequest) -> frontend_pb2.Started:
     started = frontend_pb2.Started(worker_id="NODE1/decode/0", predicted_cached_tokens=32)
@@ -164,7 +169,7 @@ async def mesh() -> AsyncIterator[MeshServer]:
     mesh.health.set_serving("kvmesh.v1.Router", False)
     server = grpc.aio.server(interceptors=[CallInterceptor()])
     frontend_pb2_grpc.add_FrontendServicer_to_server(Frontend(mesh), server)  # type: ignore[abstract]  # only what commands call
-    worker_control_pb2_grpc.add_WorkerControlServicer_to_server(WorkerControl(mesh), server)  # type: ignore[abstract]  # only what commands call
+    worker_control_pb2_grpc.add_WorkerControlServicer_to_server(WorkerControl(mesh), server)
     health_pb2_grpc.add_HealthServicer_to_server(mesh.health, server)
     mesh.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
@@ -249,7 +254,7 @@ async def test_generate_prints_the_output_and_a_footer_beside_it(mesh: MeshServe
     arguments = ("--model", "tiny", "--max-tokens", "3", "--temperature", "0", "--target", mesh.address)
     code, out, err = await run_cli("generate", "Tell me a joke", *arguments)
 
-    assert (code, out) == (0, "Why did [it]?")
+    assert (code, out) == (0, "Why did [it]?\n")
     assert err.startswith("[NODE1/decode/0: 3 tokens, length; prompt 64 tokens, 48 cached, 32 predicted; ")
     request = mesh.generated[0]
     assert (request.prompt.text, request.model, request.explain) == ("Tell me a joke", "tiny", False)
@@ -291,14 +296,14 @@ async def test_generate_gives_up_at_the_deadline(mesh: MeshServer) -> None:
 async def test_generate_without_streaming_prints_the_same(mesh: MeshServer) -> None:
     code, out, _ = await run_cli("generate", "hello", "--no-stream", "--target", mesh.address)
 
-    assert (code, out) == (0, "Why did [it]?")
+    assert (code, out) == (0, "Why did [it]?\n")
 
 
 async def test_generate_explains_every_candidate_with_every_term(mesh: MeshServer) -> None:
     code, out, err = await run_cli("generate", "hello", "--explain", "--target", mesh.address)
 
     lines = [line.split() for line in err.splitlines()]
-    assert (code, out) == (0, "Why did [it]?")
+    assert (code, out) == (0, "Why did [it]?\n")
     assert lines[0] == [
         "worker", "cost", "prefill_blocks", "decode_blocks", "load", "age", "kv", "age", "lost", "because",
     ]  # fmt: skip
@@ -309,14 +314,14 @@ async def test_generate_explains_every_candidate_with_every_term(mesh: MeshServe
 
 
 @pytest.mark.parametrize("flags", [(), ("--no-stream",)])
-async def test_what_generate_writes_to_a_pipe_is_the_output_byte_for_byte(
+async def test_what_generate_writes_to_a_pipe_is_the_output_byte_for_byte_and_a_newline(
     mesh: MeshServer, flags: tuple[str, ...]
 ) -> None:
     process = await start_cli("generate", "colour", *flags, "--target", mesh.address)
 
     out, _ = await asyncio.wait_for(process.communicate(), 30)
 
-    assert out == b"Why \x1b[31mr\xc3\xa9d\x1b[0m\r\n\x00"
+    assert out == b"Why \x1b[31mr\xc3\xa9d\x1b[0m\r\n\x00\n"
 
 
 async def test_a_choice_that_no_router_made_is_explained_in_one_line_and_a_failed_remote_prefill_in_the_footer(
@@ -340,7 +345,7 @@ async def test_a_prompt_that_is_no_text_is_refused_in_one_line(mesh: MeshServer)
 async def test_generate_fails_when_the_stream_ends_without_a_result(mesh: MeshServer) -> None:
     code, out, err = await run_cli("generate", "broken", "--target", mesh.address)
 
-    assert (code, out) == (1, "Why did [it]?")
+    assert (code, out) == (1, "Why did [it]?\n")
     assert "incomplete" in err
 
 
@@ -366,6 +371,13 @@ async def test_drain_names_what_became_of_the_requests(mesh: MeshServer) -> None
 
     assert (code, out) == (0, "NODE1/decode/0 is drained: 3 finished, 1 cancelled\n")
     assert (mesh.drained[0].timeout.seconds, mesh.drained[0].timeout.nanos) == (2, 500_000_000)
+
+
+async def test_drain_of_a_drained_worker_says_that_it_was(mesh: MeshServer) -> None:
+    for _ in range(2):
+        code, out, _ = await run_cli("drain", "NODE1/decode/0", "--target", mesh.address)
+
+    assert (code, out) == (0, "NODE1/decode/0 was drained already\n")
 
 
 async def test_drain_of_an_unknown_worker_fails(mesh: MeshServer) -> None:

@@ -107,6 +107,20 @@ def test_an_unknown_command_is_answered_with_the_nearest(capsys: pytest.CaptureF
     assert "'status'" in capsys.readouterr().err
 
 
+def test_an_unknown_role_is_answered_with_what_else_can_be_served(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code_of("serve", "hello") == 2
+
+    assert "MODULE:CLASS, e.g. hello:Upper" in capsys.readouterr().err
+
+
+def test_every_flag_that_is_not_a_roles_is_named_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code_of("serve", "decode", "--grpc-host", "127.0.0.1", "--grpc-port", "0") == 2
+
+    assert capsys.readouterr().err == (
+        "error: --grpc-host and --grpc-port are for a frontend or MODULE:CLASS: decode listens at --host and --port\n"
+    )
+
+
 def test_a_flag_of_the_wrong_type_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code_of("up", "--decode", "many") == 2
 

@@ -132,11 +132,11 @@ def test_message_that_may_hold_addresses_or_exceptions_is_shown_to_nobody(reason
 
 
 def test_message_follows_the_text_of_the_catalog() -> None:
-    error = FixRequestError(Reason.NO_MATCHING_WORKER, "no worker has zone=b")
+    hints = FixRequestError(Reason.NO_MATCHING_WORKER, "no worker has zone=b")
+    unknown = NotKnownError(Reason.NOT_FOUND, "no live worker is called 'x'")
 
-    assert error_catalog.public_text(error) == (
-        "No worker matches the routing hints: loosen them. no worker has zone=b"
-    )
+    assert error_catalog.public_text(hints) == "No worker matches the routing hints: loosen them; no worker has zone=b"
+    assert error_catalog.public_text(unknown) == "Not known here: no live worker is called 'x'"
 
 
 def test_violation_of_an_error_without_words_has_the_text_of_the_catalog() -> None:
@@ -153,7 +153,7 @@ def test_status_fits_into_trailers_whatever_the_message(message: str) -> None:
     status = error_catalog.to_status(FixRequestError(Reason.INVALID_FIELD, message, field="prompt"))
 
     assert status.ByteSize() < 4096
-    assert status.message.startswith("Invalid field. ")
+    assert status.message.startswith("Invalid field: ")
 
 
 @pytest.mark.parametrize("reason", [Reason.OVERLOADED, Reason.QUEUE_FULL])
@@ -237,7 +237,7 @@ def test_openai_body_has_the_shape_its_clients_parse() -> None:
 
     assert error_catalog.openai_error(error) == {
         "error": {
-            "message": "Invalid field. top_p: 7 is out of range",
+            "message": "Invalid field: top_p: 7 is out of range",
             "type": "invalid_request_error",
             "param": "top_p",
             "code": "invalid_value",
