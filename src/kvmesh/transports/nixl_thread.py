@@ -1,8 +1,8 @@
 """The one thread that calls NIXL for a worker.
 
 An agent makes progress only within calls. NIXL's own progress thread spins: it would cost a core of an idle worker. So
-this thread looks at the agents that serve whenever it has had nothing to do for some tens of milliseconds. A puller needs that
-to connect; its reads of memory on the same host, or over a fabric, do without.
+this thread looks at the agents that serve whenever it has had nothing to do for a while. A puller needs that to connect;
+its reads of memory on the same host, or over a fabric, do without.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from kvmesh.transports.nixl_agent import NixlAgent
 T = TypeVar("T")
 
 _PROGRESS_S = 0.05
-"""Each look takes the interpreter from the loop: four idle workers of one process at 10 ms cost its requests 13% more CPU."""
+"""A look takes the interpreter from the loop: at 10 ms, four idle workers of a process cost its requests 13% of CPU."""
 
 
 class NixlThread:
