@@ -1,7 +1,7 @@
 """The one thread that calls NIXL for a worker.
 
 An agent makes progress only within calls. NIXL's own progress thread spins: it would cost a core of an idle worker. So
-this thread looks at the agents that serve whenever it has had nothing to do for a while. A puller needs that to connect;
+this thread looks at the agents that serve when it has had nothing to do for a while. A puller needs that to connect;
 its reads of memory on the same host, or over a fabric, do without.
 """
 
