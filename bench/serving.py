@@ -3,12 +3,14 @@
     make bench                                       ours, and Dynamo where `make bench-peers-install` installed it
     python bench/serving.py --runs 1 --load paced    a part of it, quickly
     python bench/serving.py --profile FILE           ours alone under cProfile, saturated at 64 (slower, of course)
+    python bench/serving.py --doors                  our OpenAI API beside our own REST (`peer`), one mesh for both
 
 Both sides serve the same tokenizer with 4 simulated workers and stream one event per token to the same client, in turn:
 ours, peer, ours, peer; the figures are medians. See README.md beside this file.
 """
 
 import argparse
+import copy
 import json
 import os
 import platform
@@ -30,6 +32,7 @@ PEER_PYTHON = Path(__file__).parent.parent / ".venv-peers" / "bin" / "python"
 FIGURES = ("req_s", "tokens_s", "ttft_ms_p50", "ttft_ms_p99", "cpu_ms_per_request", "events_per_request")
 _SATURATED, _PACED = "saturated", "paced"
 _MODEL_NAME = "bench"
+_REST = "rest"
 
 Figures = dict[str, float]
 
@@ -83,7 +86,10 @@ class Bench:
         """Return the figures of each run by side, of cases that have one pace; the sides are started once for all."""
         with ExitStack() as stack:
             sides = [self._start_ours(stack, cases[0].pace)]
-            if (peer := self._start_peer(stack, cases[0].pace)) is not None:
+            if self._given.doors:
+                sides.append(copy.copy(sides[0]))
+                sides[1].name = _REST
+            elif (peer := self._start_peer(stack, cases[0].pace)) is not None:
                 sides.append(peer)
             return [self._measure(case, sides) for case in cases]
 
@@ -126,7 +132,12 @@ class Bench:
         self._seed += 1
         cpu_before = side.cpu_s()
         counted = self._client.drive(
-            side.port, self.shape, concurrency=case.concurrency, requests=requests, seed=self._seed
+            side.port,
+            self.shape,
+            concurrency=case.concurrency,
+            requests=requests,
+            seed=self._seed,
+            rest=side.name == _REST,
         )
         cpu_s = side.cpu_s() - cpu_before
         return {
@@ -149,6 +160,7 @@ def main() -> None:
     parser.add_argument("--ours", default=OURS, metavar="COMMAND", help="our side's command. default: %(default)s")
     parser.add_argument("--peer-python", type=Path, default=PEER_PYTHON, help="of the environment with ai-dynamo")
     parser.add_argument("--ordinary-client", action="store_true", help="leave acknowledgements to the kernel")
+    parser.add_argument("--doors", action="store_true", help="compare our OpenAI API with our REST, and no peer")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="write a profile of ours here and measure nothing")
     given = parser.parse_args()
     cases = [
@@ -162,7 +174,7 @@ def main() -> None:
         if given.profile is not None:
             bench.profile(Case(_SATURATED, 64, 1500), given.profile)
             return
-        if not given.peer_python.exists():
+        if not given.doors and not given.peer_python.exists():
             print(f"no peer: {given.peer_python} is not there; `make bench-peers-install` makes it", file=sys.stderr)
         results = []
         for pace in dict.fromkeys(case.pace for case in cases):
@@ -181,7 +193,7 @@ def _report(params: dict[str, object], runs: dict[str, list[Figures]]) -> dict[s
         side: {name: round(statistics.median(run[name] for run in of_side), 3) for name in FIGURES}
         for side, of_side in runs.items()
     }
-    ours, peer = medians["ours"], medians.get("dynamo")
+    ours, peer = medians.pop("ours"), next(iter(medians.values()), None)
     if peer is not None and ours["events_per_request"] != peer["events_per_request"]:
         print(f"unequal events per request: {ours} {peer}", file=sys.stderr)
     ratio = None if peer is None else {name: round(ours[name] / peer[name], 3) for name in FIGURES}

@@ -40,6 +40,15 @@ class Shape:
             "messages": [{"role": "user", "content": " ".join(words)}],
         }
 
+    def rest_body(self, seed: int) -> dict[str, Any]:
+        """Return the same request as REST has it."""
+        asked = self.body(seed)
+        return {
+            "model": self.model,
+            "prompt": {"messages": {"messages": asked["messages"]}},
+            "sampling": {"max_tokens": self.output_tokens, "ignore_eos": True},
+        }
+
 
 class LoadClient:
     """The compiled client."""
@@ -54,17 +63,22 @@ class LoadClient:
         self._environment = {**os.environ, "SSE_QUICKACK": str(int(acknowledges_at_once))}
         subprocess.run([compiler, "-O2", "-o", str(self._program), str(_SOURCE)], check=True)
 
-    def drive(self, port: int, shape: Shape, *, concurrency: int, requests: int, seed: int) -> dict[str, float]:
+    def drive(
+        self, port: int, shape: Shape, *, concurrency: int, requests: int, seed: int, rest: bool = False
+    ) -> dict[str, float]:
         """Send `requests` that no other seed has, `concurrency` at a time; return what the client counted.
+
+        They go to the OpenAI API, or to the mesh's own REST.
 
         Raises: SystemExit if a request failed.
         """
         bodies = self._work / "bodies"
         first = seed * 1_000_000
-        lines = (json.dumps(shape.body(first + index), separators=(",", ":")) for index in range(requests))
+        body = shape.rest_body if rest else shape.body
+        lines = (json.dumps(body(first + index), separators=(",", ":")) for index in range(requests))
         bodies.write_text("\n".join(lines) + "\n", encoding="utf-8")
         ran = subprocess.run(
-            [str(self._program), str(port), str(bodies), str(concurrency), str(requests)],
+            [str(self._program), str(port), str(bodies), str(concurrency), str(requests), *(["rest"] if rest else [])],
             env=self._environment,
             stdout=subprocess.PIPE,
             check=True,

@@ -1,11 +1,11 @@
-/* Closed-loop load for a streaming chat completions endpoint: one thread, epoll, keep-alive connections.
+/* Closed-loop load for a streaming chat completions endpoint, or for our REST: one thread, epoll, keep-alive connections.
  *
  *   cc -O2 -o sse_load sse_load.c
- *   sse_load PORT BODIES CONCURRENCY REQUESTS
+ *   sse_load PORT BODIES CONCURRENCY REQUESTS [rest]
  *
  * BODIES has one JSON body per line, used in turn. A request is good when its status is 200, no error event came, and
- * "data: [DONE]" and the last chunk did. A token event is a `data:` event whose delta has text; the first one ends the
- * time to first token, so that an opening event with a role and no text counts for neither side.
+ * "data: [DONE]" (REST: `finished`) and the last chunk did. A token event is a `data:` event whose delta (REST: chunk)
+ * has text; the first one ends the time to first token, so that an opening event without text counts for neither side.
  * SSE_QUICKACK=1 acknowledges every read at once (TCP_QUICKACK): without it a server that leaves Nagle's algorithm on
  * waits 40 ms for the client's delayed acknowledgement. Prints one JSON object.
  */
@@ -23,7 +23,8 @@
 #include <time.h>
 #include <unistd.h>
 
-#define PATH "/v1/chat/completions"
+#define OPENAI_PATH "/v1/chat/completions"
+#define REST_PATH "/mesh/v1/generate"
 #define DEADLINE_S 120.0
 #define LINE_MAX_BYTES 16384 /* what a longer line has beyond is not looked at */
 
@@ -42,7 +43,7 @@ struct conn {
 };
 
 static struct sockaddr_in server;
-static int epoll_fd, quickack;
+static int epoll_fd, quickack, is_rest;
 static char **bodies;
 static size_t *body_sizes;
 static long body_count, total, issued, ended, good, events, token_events, bytes;
@@ -110,9 +111,9 @@ static void start(struct conn *c) {
     long k = issued++ % body_count;
     c->out = realloc(c->out, body_sizes[k] + 512);
     int head = sprintf(c->out,
-                       "POST " PATH " HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nContent-Type: application/json\r\n"
+                       "POST %s HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nContent-Type: application/json\r\n"
                        "Accept: text/event-stream\r\nContent-Length: %zu\r\n\r\n",
-                       ntohs(server.sin_port), body_sizes[k]);
+                       is_rest ? REST_PATH : OPENAI_PATH, ntohs(server.sin_port), body_sizes[k]);
     memcpy(c->out + head, bodies[k], body_sizes[k]);
     c->out_size = head + body_sizes[k];
     c->out_sent = c->line_size = 0;
@@ -127,7 +128,9 @@ static void start(struct conn *c) {
 
 /* Judge one whole line of an event stream. */
 static void take_event_line(struct conn *c, const char *line, size_t size) {
-    static const char content[] = "\"content\":\"";
+    static const char delta_text[] = "\"content\":\"", chunk_text[] = "\"text\":\"", finished[] = "\"finished\":";
+    const char *content = is_rest ? chunk_text : delta_text;
+    size_t content_size = strlen(content);
     if (size >= 6 && !memcmp(line, "event:", 6) && memmem(line, size, "error", 5)) c->error_seen = 1;
     if (size < 7 || memcmp(line, "data: ", 6)) return;
     if (line[6] == '[') {
@@ -135,10 +138,11 @@ static void take_event_line(struct conn *c, const char *line, size_t size) {
         return;
     }
     c->events++;
-    const char *text = memmem(line, size, content, sizeof content - 1);
+    const char *text = memmem(line, size, content, content_size);
     if (!text) {
+        if (is_rest && memmem(line, size, finished, sizeof finished - 1)) c->done_seen = 1;
         if (!memcmp(line + 6, "{\"error\"", 8)) c->error_seen = 1;
-    } else if (text[sizeof content - 1] != '"') {
+    } else if (text[content_size] != '"') {
         if (!c->token_events++) c->first_token_at = now();
     }
 }
@@ -243,7 +247,8 @@ static double percentile_ms(double *sorted, double share) { return good ? sorted
 int main(int argc, char **argv) {
     static char buffer[1 << 17];
     struct epoll_event ready[256];
-    if (argc != 5) return fprintf(stderr, "usage: %s PORT BODIES CONCURRENCY REQUESTS\n", argv[0]), 2;
+    is_rest = argc == 6 && !strcmp(argv[5], "rest");
+    if (argc != 5 + is_rest) return fprintf(stderr, "usage: %s PORT BODIES CONCURRENCY REQUESTS [rest]\n", argv[0]), 2;
     server = (struct sockaddr_in){.sin_family = AF_INET, .sin_port = htons(atoi(argv[1]))};
     server.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
     read_bodies(argv[2]);
