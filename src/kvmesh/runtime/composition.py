@@ -66,11 +66,12 @@ class Composition:
 
     def worker(self, role: WorkerRole, *, node: str, index: int, listen: Listen) -> Worker:
         """Make a decode or a prefill worker."""
+        nothing_moves = self._network is not None and self._settings.mesh.prefill == 0  # and nobody else can join
         memory = open_transports(
             network=self._network,
             host=listen.host,
             advertised_host=listen.advertise or None,
-            kinds=self._settings.process.transports,
+            kinds=("memory",) if nothing_moves else self._settings.process.transports,
         )
         return Worker(
             worker_id=WorkerId(f"{node}/{role.value}/{index}"),

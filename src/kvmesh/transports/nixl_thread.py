@@ -19,8 +19,7 @@ from kvmesh.transports.nixl_agent import NixlAgent
 
 T = TypeVar("T")
 
-_PROGRESS_S = 0.05
-"""A look takes the interpreter from the loop: at 10 ms, four idle workers of a process cost its requests 13% of CPU."""
+_PROGRESS_S = 0.01
 
 
 class NixlThread:
