@@ -50,11 +50,12 @@ async def serve() -> None:
 
 
 class Worker:
-    """Leases and completes at once."""
+    """Completes at once what it leases, and leases on meanwhile, as prefill workers do."""
 
     def __init__(self, stub: prefill_queue_pb2_grpc.PrefillQueueStub) -> None:
         """Attach with `run`."""
         self._stub = stub
+        self._running: set[asyncio.Task[None]] = set()
 
     async def run(self, attached: asyncio.Event, *, at_once: int) -> None:
         """Work until cancelled."""
@@ -67,7 +68,11 @@ class Worker:
         wanted.wait.FromSeconds(_LEASE_WAIT_S)
         while True:
             leased = await self._stub.Lease(wanted, timeout=60)
-            await asyncio.gather(*(self._complete(task) for task in leased.tasks))
+            for task in leased.tasks:
+                work = asyncio.create_task(self._complete(task))
+                self._running.add(work)
+                work.add_done_callback(self._running.discard)
+            await asyncio.sleep(0)  # what is done goes before what is wanted
 
     async def _complete(self, leased: prefill_queue_pb2.LeasedTask) -> None:
         key = prefill_queue_pb2.TaskKey(request_id=leased.task.request_id, attempt=leased.task.attempt)

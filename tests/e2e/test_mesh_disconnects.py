@@ -31,6 +31,12 @@ STORM_S = 4.0
 """The longest that one of them lives that does not wait for output."""
 
 
+@pytest.fixture(params=["in memory", "over gRPC"], autouse=True)
+def streams(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hand the streams between the roles over in memory, or over gRPC as between processes."""
+    monkeypatch.setenv("KVMESH_MESH__LOCAL_STREAMS", str(request.param == "in memory").lower())
+
+
 @dataclass
 class Clients:
     """Clients of every door, shared by many streams."""

@@ -27,6 +27,12 @@ MANY = 1_000
 """Steps: more than any request here takes."""
 
 
+@pytest.fixture(params=["in memory", "over gRPC"], autouse=True)
+def streams(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hand the streams between the roles over in memory, or over gRPC as between processes."""
+    monkeypatch.setenv("KVMESH_MESH__LOCAL_STREAMS", str(request.param == "in memory").lower())
+
+
 def retried() -> float:
     """Count the requests that went to a second worker in this process."""
     return REGISTRY.get_sample_value("kvmesh_request_retries_total") or 0.0

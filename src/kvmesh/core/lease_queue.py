@@ -233,6 +233,21 @@ class LeaseQueue:
 
     # Inspection.
 
+    @property
+    def waiting(self) -> int:
+        """Tasks that count towards the depth: queued and delayed."""
+        return self._table.waiting
+
+    @property
+    def leased(self) -> int:
+        """Tasks under a lease."""
+        return self._table.leased
+
+    @property
+    def leases_lost(self) -> int:
+        """Leases that ended unanswered, ever."""
+        return self._table.leases_lost
+
     def stats(self) -> QueueStats:
         """Return the counts; O(workers)."""
         return self._table.stats(workers=len(self._workers), draining=self._workers.draining)

@@ -72,6 +72,11 @@ class TaskTable:
         """Tasks that count towards the depth: queued and delayed."""
         return self._states[TaskState.QUEUED] + self._states[TaskState.DELAYED]
 
+    @property
+    def leased(self) -> int:
+        """Tasks under a lease."""
+        return self._states[TaskState.LEASED]
+
     def leases_of(self, worker_id: WorkerId) -> tuple[Task, ...]:
         """Return the tasks that a worker holds, in the order of their grants."""
         return tuple(self.live[key] for key in self._leases.get(worker_id, ()))

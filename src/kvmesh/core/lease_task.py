@@ -10,7 +10,7 @@ from each of the three live states: CANCEL --> CANCELLED, EXPIRE --> EXPIRED
 """
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from types import MappingProxyType
 from typing import Any
 
@@ -19,7 +19,7 @@ from kvmesh.core.lease_capability import Capability
 from kvmesh.core.lease_effects import Outcome
 
 
-class TaskState(Enum):
+class TaskState(StrEnum):
     """Where a task is. The first three are live, the others terminal."""
 
     QUEUED = "queued"
@@ -38,7 +38,7 @@ class TaskState(Enum):
     """Its submitter dropped it. The only terminal state that a new Submit under the same key leaves, as a new task."""
 
 
-class TaskEvent(Enum):
+class TaskEvent(StrEnum):
     """Why a task moves."""
 
     GRANT = "grant"

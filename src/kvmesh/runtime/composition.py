@@ -29,6 +29,7 @@ from kvmesh.runtime.settings import RouterSettings, Settings
 from kvmesh.runtime.transport_registry import open_transports
 from kvmesh.runtime.worker import Work, Worker, WorkerParts
 from kvmesh.services.decision_log import DecisionLog
+from kvmesh.services.local_calls import LocalServers
 from kvmesh.transports.memory import MemoryNetwork
 
 
@@ -41,16 +42,19 @@ class Composition:
         *,
         discovery: Discovery,
         network: MemoryNetwork | None = None,
+        local: LocalServers | None = None,
         plan: EnginePlan | None = None,
     ) -> None:
         """Take `discovery`, which stays the caller's to close.
 
-        `network` joins workers of this process, for the transport `memory`; None = there is only one. `plan` brings
-        engines of the caller's own in place of `engine.*`.
+        `network` joins workers of this process, for the transport `memory`; None = there is only one. `local` joins its
+        roles, for their streams; None = they talk over gRPC. `plan` brings engines of the caller's own in place of
+        `engine.*`.
         """
         self._settings = settings
         self._discovery = discovery
         self._network = network
+        self._local = local
         self._given_plan = plan
         self._checked_plan: RouterPlan | None = None
 
@@ -85,6 +89,7 @@ class Composition:
             build=self._decode_work if role is WorkerRole.DECODE else self._prefill_work,
             listen=listen,
             labels=self._settings.mesh.labels_of(node),
+            local=self._local,
         )
 
     def queue(self, *, node: str, index: int, listen: Listen) -> QueueRole:
@@ -106,6 +111,7 @@ class Composition:
             namespace=self._settings.namespace,
             discovery=self._discovery,
             listen=listen,
+            local=self._local,
         )
 
     def processor(self, *, node: str, index: int, listen: Listen) -> ProcessorRole:
@@ -120,6 +126,7 @@ class Composition:
             namespace=self._settings.namespace,
             discovery=self._discovery,
             listen=listen,
+            local=self._local,
         )
 
     def gateway(self, *, node: str, index: int, grpc_flag: str = "--grpc-port") -> GatewayRole:
@@ -144,6 +151,7 @@ class Composition:
             ),
             waits=settings.waits,
             merge_within_s=settings.output.merge_s,
+            local=self._local,
         )
 
     def router_plan(self) -> RouterPlan:
@@ -172,7 +180,9 @@ class Composition:
     def _router_part(self) -> RouterPart | None:
         if self._settings.mesh.router == "separate":
             return None
-        return RouterPart(self.router_plan(), namespace=self._settings.namespace, discovery=self._discovery)
+        return RouterPart(
+            self.router_plan(), namespace=self._settings.namespace, discovery=self._discovery, local=self._local
+        )
 
     def _tokenizers(self) -> Tokenizers:
         return {self.plan.model_name: self.plan.tokenizer}

@@ -20,6 +20,7 @@ from kvmesh.services.channels import Channels
 from kvmesh.services.components import Components
 from kvmesh.services.forwarded import ForwardedService
 from kvmesh.services.frontend import Frontend
+from kvmesh.services.local_calls import LocalServers
 from kvmesh.services.local_router import LocalRouter
 from kvmesh.services.peers import Peers
 from kvmesh.services.processor import Processor
@@ -75,10 +76,12 @@ class GatewayRole:
         doors: Doors,
         waits: Waits,
         merge_within_s: float,
+        local: LocalServers | None = None,
     ) -> None:
         """Process requests here with `tokenizers`, or at the processors of discovery where that is None.
 
-        They are routed by `router`, or by the one that discovery names where that is None.
+        They are routed by `router`, or by the one that discovery names where that is None. `local` knows the workers of
+        this process.
         """
         self.name = name
         self._doors = doors
@@ -99,6 +102,7 @@ class GatewayRole:
                 tokenizers=tokenizers,
                 waits=waits,
                 merge_within_s=merge_within_s,
+                local=local,
             )
             self._generator = self._part.processor
         self._topology = TopologyView(

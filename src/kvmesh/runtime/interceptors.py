@@ -100,10 +100,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         path = handler_call_details.method
         known = self._wrapped.get(path)
         if known is None or known[0] is not handler:
-            known = self._wrapped[path] = handler, self._wrap(handler, path)
+            known = self._wrapped[path] = handler, self.wrap(handler, path)
         return known[1]
 
-    def _wrap(self, handler: Handler, path: str) -> Handler:
+    def wrap(self, handler: Handler, path: str) -> Handler:
+        """Return what is served in place of `handler`: the same method inside its frame."""
         call = _Call(self, path.lstrip("/"), handler)
         if handler.response_streaming:
             make = (
@@ -175,7 +176,7 @@ class _Call:
             async with while_client_reads(writes, self._write_bound_s), aclosing(result) as responses:
                 async for response in responses:
                     writes.since = now()
-                    await context.write(response)
+                    await inner.write(response)
                     writes.since = None
 
     def _parsed(self, request: bytes) -> Any:
@@ -186,11 +187,12 @@ class _Call:
 
     @asynccontextmanager
     async def _frame(self, context: Any, *, is_unary: bool = False) -> AsyncIterator[Any]:
-        """Surround a call. A stream's id goes ahead of it; a single answer's goes with it, which costs no turn."""
+        """Surround a call. A stream's id goes ahead of it, while its handler begins; a single answer's goes with it."""
         named = _named_request_id(context)
         request_id = named or str(uuid_utils.uuid7())
         structlog.contextvars.bind_contextvars(request_id=request_id, method=self._path, peer=context.peer())
         own = ((REQUEST_ID_KEY, request_id),)
+        inner = _Context(context, request_id=None if named else request_id)
         self._started.inc()
         began = time.perf_counter()
         code = grpc.StatusCode.OK
@@ -199,15 +201,16 @@ class _Call:
             if is_unary:
                 context.set_trailing_metadata(own)
             else:
-                await context.send_initial_metadata(own)
-            yield _Context(context, request_id=None if named else request_id)
+                inner.begin_metadata(own)
+            yield inner
+            await inner.metadata_sent()
         except asyncio.CancelledError as exc:
             error = self._cause_of_cancel(exc)
             if error is None:
                 code = _code_of_departure(context)
                 raise
             code = error_catalog.CATALOG[error.reason].code
-            await _abort(context, error, own if is_unary else ())
+            await _abort(inner, error, own if is_unary else ())
         except grpc.aio.AbortError:
             code = context.code()
             raise
@@ -217,7 +220,7 @@ class _Call:
         except Exception as exc:
             error = _mesh_error(exc)
             code = error_catalog.CATALOG[error.reason].code
-            await _abort(context, error, own if is_unary else ())
+            await _abort(inner, error, own if is_unary else ())
         finally:
             self._duration.observe(time.perf_counter() - began)
             telemetry.RPC_FINISHED.labels(self._service, self._method, code.name).inc()
@@ -241,22 +244,54 @@ class _Call:
 
 
 class _Context:
-    """A call's context as its handler sees it; the initial metadata went out when the call began."""
+    """A call's context as its handler sees it; the initial metadata goes out when the call begins."""
 
-    __slots__ = ("_context", "request_id")
+    __slots__ = ("_context", "_metadata", "request_id", "write")
 
     def __init__(self, context: Any, *, request_id: str | None) -> None:
         self._context = context
+        self._metadata: asyncio.Task[None] | None = None
+        """Sends the initial metadata. gRPC sends it once, and before anything else."""
+        self.write: Callable[[Any], Awaitable[None]] = context.write
         self.request_id = request_id
         """UUIDv7 under which the call is logged, and its request may run; None if the client named the call."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._context, name)
 
+    def begin_metadata(self, metadata: tuple[tuple[str, str], ...]) -> None:
+        """Send the initial metadata; the first write, or the end, waits for it."""
+        self._metadata = asyncio.ensure_future(self._context.send_initial_metadata(metadata))
+        self._metadata.add_done_callback(_note_failure)
+        self.write = self._first_write
+
+    async def metadata_sent(self) -> None:
+        """Wait until the initial metadata is sent, if any is."""
+        if self._metadata is not None:
+            await asyncio.shield(self._metadata)
+            self._metadata = None
+
+    async def abort(self, *status: Any) -> None:
+        """End the call with a status."""
+        await self.metadata_sent()
+        await self._context.abort(*status)
+
+    async def _first_write(self, message: Any) -> None:
+        await self.metadata_sent()
+        self.write = self._context.write
+        await self._context.write(message)
+
     async def send_initial_metadata(self, initial_metadata: Any) -> None:
         """Grant what was done already; gRPC refuses to send more of it."""
+        await self.metadata_sent()
         if initial_metadata:
             await self._context.send_initial_metadata(initial_metadata)
+
+
+def _note_failure(sending: asyncio.Task[None]) -> None:
+    """Whoever writes next meets the same failure; with nothing more to write, nobody misses what was not sent."""
+    if not sending.cancelled():
+        sending.exception()
 
 
 async def _abort(context: Any, error: MeshError, metadata: tuple[tuple[str, str], ...] = ()) -> None:

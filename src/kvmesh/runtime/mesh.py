@@ -1,4 +1,5 @@
-"""A whole mesh in this process, its roles talking gRPC to each other over loopback.
+"""A whole mesh in this process. Its roles talk gRPC to each other over loopback, but for the streams that carry tokens
+and loads: those are handed over in memory, unless `mesh.local_streams` is off.
 
 What it starts, it stops, in this order: the gateway, so that nothing new comes and what runs can end; then the workers,
 then the queue and what was separate; then what they shared.
@@ -15,6 +16,7 @@ from kvmesh.runtime.gateway_role import GatewayRole
 from kvmesh.runtime.role import Listen, Role, stop_all
 from kvmesh.runtime.settings import Settings
 from kvmesh.runtime.worker import Worker
+from kvmesh.services.local_calls import LocalServers
 from kvmesh.transports.memory import MemoryNetwork
 from kvmesh.v1 import frontend_pb2
 
@@ -37,7 +39,13 @@ class Mesh:
                 field="discovery.store",
             )
         self._discovery = MemoryDiscovery()
-        make = Composition(settings, discovery=self._discovery, network=MemoryNetwork(), plan=plan)
+        make = Composition(
+            settings,
+            discovery=self._discovery,
+            network=MemoryNetwork(),
+            local=LocalServers() if settings.mesh.local_streams else None,
+            plan=plan,
+        )
         make.check()
         mesh, listen, node = settings.mesh, Listen(), settings.mesh.node_name(0)
         self._gateway = make.gateway(node=node, index=0)

@@ -12,6 +12,7 @@ from kvmesh.runtime.router_role import RouterPart
 from kvmesh.runtime.server import GrpcServer
 from kvmesh.services.channels import Channels
 from kvmesh.services.exchange_client import ExchangePool
+from kvmesh.services.local_calls import LocalServers
 from kvmesh.services.peers import Peers
 from kvmesh.services.processor import Processor
 from kvmesh.services.processor_service import Processor as ProcessorService
@@ -38,6 +39,7 @@ class ProcessorPart:
         tokenizers: Tokenizers,
         waits: Waits,
         merge_within_s: float,
+        local: LocalServers | None = None,
     ) -> None:
         """Book with `router`, or with the one that `peers` names where that is None."""
         self._waits = waits
@@ -50,6 +52,7 @@ class ProcessorPart:
                 channels=channels,
                 waits=waits,
                 merge_within_s=merge_within_s,
+                local=local,
             ),
             tokenizers=tokenizers,
             waits=waits,
@@ -94,6 +97,7 @@ class ProcessorRole:
         namespace: str,
         discovery: Discovery,
         listen: Listen,
+        local: LocalServers | None = None,
     ) -> None:
         """Serve from `start` on; what `router` knows is served as well."""
         self._announcements = [
@@ -111,6 +115,7 @@ class ProcessorRole:
             tokenizers=tokenizers,
             waits=waits,
             merge_within_s=merge_within_s,
+            local=local,
         )
         self._server = GrpcServer(client_write_s=waits.client_write_s)
         self._server.add(*self._part.service)

@@ -14,6 +14,7 @@ from kvmesh.discovery.discovery import Discovery
 from kvmesh.runtime.role import Announcement, Listen, Service, stop_all
 from kvmesh.runtime.server import GrpcServer
 from kvmesh.services.decision_log import DecisionLog
+from kvmesh.services.local_calls import LocalServers
 from kvmesh.services.local_router import LocalRouter
 from kvmesh.services.remote_router import ADMISSION_WAIT
 from kvmesh.services.router import Router
@@ -44,8 +45,10 @@ class RouterPlan:
 class RouterPart:
     """A router and its service."""
 
-    def __init__(self, plan: RouterPlan, *, namespace: str, discovery: Discovery) -> None:
-        """Follow the workers of one namespace, from `start` on."""
+    def __init__(
+        self, plan: RouterPlan, *, namespace: str, discovery: Discovery, local: LocalServers | None = None
+    ) -> None:
+        """Follow the workers of one namespace, from `start` on; `local` knows those of this process."""
         self.router = LocalRouter(
             discovery=discovery,
             namespace=namespace,
@@ -57,6 +60,7 @@ class RouterPart:
             admission=plan.admission,
             index=plan.index,
             decision_log=plan.decision_log,
+            local=local,
         )
         self._servicer = Router(self.router, route_wait_s=plan.route_wait_s)
 
@@ -86,7 +90,14 @@ class RouterRole:
     """A router of its own process."""
 
     def __init__(
-        self, plan: RouterPlan, *, worker_id: WorkerId, namespace: str, discovery: Discovery, listen: Listen
+        self,
+        plan: RouterPlan,
+        *,
+        worker_id: WorkerId,
+        namespace: str,
+        discovery: Discovery,
+        listen: Listen,
+        local: LocalServers | None = None,
     ) -> None:
         """Serve from `start` on."""
         self._announcement = Announcement(
@@ -96,7 +107,7 @@ class RouterRole:
             discovery=discovery,
             metadata={ADMISSION_WAIT: repr(plan.admission.wait_s)},
         )
-        self._part = RouterPart(plan, namespace=namespace, discovery=discovery)
+        self._part = RouterPart(plan, namespace=namespace, discovery=discovery, local=local)
         self._listen = listen
         self._server = GrpcServer()
         self._server.add(*self._part.service)

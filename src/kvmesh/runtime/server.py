@@ -24,6 +24,7 @@ from kvmesh.runtime.health import Health
 from kvmesh.runtime.interceptors import CallInterceptor
 from kvmesh.runtime.reflection import Reflection
 from kvmesh.services.channels import MAX_MESSAGE_BYTES, PortTakenError, host_port
+from kvmesh.services.local_calls import StreamHandler
 
 CLEANUP_S = 2.0
 """How long cancelled calls may take to clean up."""
@@ -66,7 +67,9 @@ class GrpcServer:
         self._calls = CallInterceptor(
             endless=(health.SERVICE_NAME, reflection.SERVICE_NAME), client_write_s=client_write_s
         )
-        self._services: dict[str, Callable[[grpc.aio.Server], None]] = {}
+        self._services: dict[str, Callable[[Any], None]] = {}
+        self._stream_handlers: dict[str, StreamHandler] = {}
+        """Of `stream_handler`, by path."""
         self._more: list[grpc.GenericRpcHandler] = []
         self._ready_at_start: list[str] = [""]
         self._server: grpc.aio.Server | None = None
@@ -114,6 +117,20 @@ class GrpcServer:
             raise RuntimeError("the handlers came too late: the server is running")
         self._more.append(handlers)
 
+    def stream_handler(self, path: str) -> StreamHandler:
+        """Return what serves the streaming method `path` ("/package.Service/Method"), for callers in this process.
+
+        It is framed as calls of gRPC are, and `drain_and_stop` ends it like them. Raises: LookupError for a method that
+        no service of `add` has.
+        """
+        known = self._stream_handlers.get(path)
+        if known is None:
+            handlers = _HandlerTable()
+            self._services[path.split("/")[1]](handlers)
+            handler = self._calls.wrap(handlers.by_path[path], path)
+            known = self._stream_handlers[path] = handler.stream_stream or handler.unary_stream
+        return known
+
     async def start(self, host: str, port: int, *, flag: str = "--grpc-port") -> int:
         """Listen on `host` (port 0 = any free one) and return the port; `flag` is the option that chooses it.
 
@@ -158,6 +175,19 @@ class GrpcServer:
         # Handlers are done, but their last bytes may not be: only a stuck one is worth breaking connections for.
         await self._server.stop(None if stuck else FLUSH_S)
         _log.info("server.stopped", address=self._address, stuck=stuck)
+
+
+class _HandlerTable:
+    """Takes in what a generated function adds to a server."""
+
+    def __init__(self) -> None:
+        self.by_path: dict[str, Any] = {}
+
+    def add_generic_rpc_handlers(self, handlers: Any) -> None:
+        """Leave aside: the same handlers come registered."""
+
+    def add_registered_method_handlers(self, service: str, handlers: dict[str, Any]) -> None:
+        self.by_path.update({f"/{service}/{method}": handler for method, handler in handlers.items()})
 
 
 async def check_free(host: str, port: int, *, flag: str) -> None:

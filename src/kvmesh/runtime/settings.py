@@ -34,6 +34,8 @@ class MeshSettings(Section):
     """Where the processor runs: inside the frontend's process, or in a process of its own."""
     processes: bool = False
     """True: `up` runs every role in a process of its own, and brings back those that die."""
+    local_streams: bool = True
+    """Roles of one process hand the streams between them over in memory; False = over gRPC, as between processes."""
     node_names: Annotated[list[str], NoDecode] = Field(default_factory=list)
     """Names that the workers take round robin, decode workers first; empty = NODE1, NODE2, ..., one per worker."""
 

@@ -23,6 +23,7 @@ from kvmesh.services.engine_driver import EngineDriver
 from kvmesh.services.identity import WorkerIdentity, new_epoch
 from kvmesh.services.kv_plane import KvPlane
 from kvmesh.services.kv_transfer import KvTransfer, LentPins
+from kvmesh.services.local_calls import LocalServers
 from kvmesh.services.owned_tasks import OwnedTasks
 from kvmesh.services.peers import Peers
 from kvmesh.services.readiness import Part, Readiness
@@ -113,8 +114,13 @@ class Worker:
         build: Callable[[WorkerParts], Work],
         listen: Listen,
         labels: Mapping[str, str] | None = None,
+        local: LocalServers | None = None,
     ) -> None:
-        """Own `engine` and `transports`, best first, from now on; `build` makes the role's work."""
+        """Own `engine` and `transports`, best first, from now on; `build` makes the role's work.
+
+        Clients of the same process find it in `local`.
+        """
+        self._local = local or LocalServers()
         self._labels = dict(labels or {})
         self.identity = WorkerIdentity(worker_id, new_epoch())
         self._role = role
@@ -186,6 +192,7 @@ class Worker:
         parts = self._parts
         bound = await self._server.start(self._listen.host, self._listen.port, flag="--port")
         self.identity.address = self._listen.address(bound)
+        self._local.add(self.identity.address, self._server.stream_handler)
         parts.driver.start()
         memory = await parts.driver.call(lambda engine: engine.kv_memory())
         if memory is not None:
@@ -229,6 +236,7 @@ class Worker:
     async def aclose(self) -> None:
         """Close everything at once, leaving the record to its lease, as a killed process does; what runs fails."""
         parts = self._parts
+        self._local.remove(self.identity.address)
         await self._tasks.aclose()
         parts.events.close()
         await self._work.aclose()

@@ -25,6 +25,7 @@ from kvmesh.core.worker_views import PotentialLoad, WorkerSnapshot
 from kvmesh.discovery.discovery import Discovery
 from kvmesh.services.admission import Admission
 from kvmesh.services.decision_log import DecisionLog
+from kvmesh.services.local_calls import LocalServers
 from kvmesh.services.owned_tasks import OwnedTasks
 from kvmesh.services.recent_decisions import RecentDecisions
 from kvmesh.services.router_metrics import RouterMetrics, observe_stage
@@ -50,10 +51,12 @@ class LocalRouter:
         admission: AdmissionRules | None = None,
         index: CacheIndex | None = None,
         decision_log: DecisionLog | None = None,
+        local: LocalServers | None = None,
     ) -> None:
         """Route by `policy` among the workers of one namespace; `router_id` must be new for every process.
 
-        `index` is one of the kind that `rules` name; None = one with its defaults.
+        `index` is one of the kind that `rules` name; None = one with its defaults. `local` knows the workers of this
+        process; None = there are none.
         """
         rules = rules or RoutingRules()
         self.router_id = router_id
@@ -77,6 +80,7 @@ class LocalRouter:
             namespace=namespace,
             router_id=router_id,
             follows_caches=rules.index_mode is IndexMode.EVENTS,
+            local=local,
         )
         self._admission = Admission(
             self._core,

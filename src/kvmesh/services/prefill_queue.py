@@ -276,12 +276,13 @@ class PrefillQueue(prefill_queue_pb2_grpc.PrefillQueueServicer):
         self._timer.set(None if self._closed else self._core.next_wakeup())
 
     def _count(self) -> None:
-        stats = self._core.stats()
-        telemetry.QUEUE_DEPTH.set(stats.queued + stats.delayed)
-        telemetry.QUEUE_LEASED.set(stats.leased)
-        telemetry.QUEUE_LEASES_LOST.inc(stats.leases_lost - self._leases_lost)
-        self._leases_lost = stats.leases_lost
-        if stats.leased:
+        core = self._core
+        telemetry.QUEUE_DEPTH.set(core.waiting)
+        telemetry.QUEUE_LEASED.set(core.leased)
+        if core.leases_lost != self._leases_lost:
+            telemetry.QUEUE_LEASES_LOST.inc(core.leases_lost - self._leases_lost)
+            self._leases_lost = core.leases_lost
+        if core.leased:
             self._none_leased.clear()
         else:
             self._none_leased.set()

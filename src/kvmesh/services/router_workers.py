@@ -24,6 +24,7 @@ from kvmesh.discovery.discovery import Deleted, Discovery, DiscoveryEvent, Put, 
 from kvmesh.services.cache_mirror import RESYNC_S
 from kvmesh.services.channels import Channels
 from kvmesh.services.index_truth import IndexTruth
+from kvmesh.services.local_calls import LocalServers
 from kvmesh.services.owned_tasks import OwnedTasks
 from kvmesh.services.router_subscriptions import WorkerSubscription, min_interval_s
 from kvmesh.services.signal import Signal
@@ -68,10 +69,12 @@ class RouterWorkers:
         truth: TruthRules | None = None,
         resync_s: float = RESYNC_S,
         follows_caches: bool = True,
+        local: LocalServers | None = None,
     ) -> None:
         """Follow from `start` on; a cache that proves wrong by the rules of `truth` is read anew, but not too often.
 
-        `follows_caches` False: the index takes no events, so only the loads are asked for.
+        `follows_caches` False: the index takes no events, so only the loads are asked for. `local` knows the workers of
+        this process.
         """
         self.roster_changed = Signal()
         """Somebody came, went, or changed its record."""
@@ -86,6 +89,7 @@ class RouterWorkers:
         self._follows_caches = follows_caches
         self._members: dict[WorkerId, _Member] = {}
         self._channels = Channels()
+        self._local = local or LocalServers()
         self._tasks = OwnedTasks()
         self._suspects = Suspects(on_gone=self._lost)
 
@@ -188,7 +192,7 @@ class RouterWorkers:
         subscription = WorkerSubscription(
             record,
             core=self._core,
-            channel=self._channels.get(record.address),
+            channel=self._local.channel(record.address) or self._channels.get(record.address),
             router_id=self._router_id,
             interval_s=self._interval_s,
             on_draining=note_draining,
