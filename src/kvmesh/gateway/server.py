@@ -13,6 +13,7 @@ from uvicorn.lifespan.off import LifespanOff
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from kvmesh.gateway.body_writer import BODY_WRITER_KEY, BodyWriter
+from kvmesh.gateway.corked_transport import CorkedTransport
 from kvmesh.gateway.request_guard import BOUND_HOST_KEY
 from kvmesh.services.channels import PortTakenError
 from kvmesh.services.owned_tasks import OwnedTasks
@@ -34,6 +35,10 @@ class _Protocol(HttpToolsProtocol):
     _awaits_head = False
     _head_bytes = 0
     """Of a head that has not ended yet: one that ends within a read is bounded by the read."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+        """Serve a connection."""
+        super().connection_made(CorkedTransport(transport, loop=self.loop))  # type: ignore[arg-type]  # stands for it
 
     def data_received(self, data: bytes) -> None:
         """Read on, unless the head of a request is longer than any need be."""
