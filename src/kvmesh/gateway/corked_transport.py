@@ -7,26 +7,34 @@ send each of these by itself, and a write costs more than what is written.
 import asyncio
 from typing import Any
 
+_MAX_BYTES = 16 * 1024
+"""What waits at most: a writer that never gives the loop a turn must still learn that its client does not read."""
+
 
 class CorkedTransport:
     """A transport whose writes wait for the end of the loop's turn; everything else is the transport's own."""
 
-    __slots__ = ("_call_soon", "_parts", "_transport")
+    __slots__ = ("_bytes", "_call_soon", "_parts", "_transport")
 
     def __init__(self, transport: asyncio.Transport, *, loop: asyncio.AbstractEventLoop) -> None:
         """Write to `transport`, whose connection `loop` serves."""
         self._transport = transport
         self._call_soon = loop.call_soon
         self._parts: list[bytes] = []
+        self._bytes = 0
+        """Length of all parts."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
 
     def write(self, data: bytes) -> None:
-        """Send `data` after what was written before, within this turn."""
+        """Send `data` after what was written before: at the end of this turn, or now if it is much."""
         if not self._parts:
             self._call_soon(self._flush)
         self._parts.append(data)
+        self._bytes += len(data)
+        if self._bytes > _MAX_BYTES:
+            self._flush()
 
     def close(self) -> None:
         """Close the connection once everything is sent."""
@@ -34,6 +42,6 @@ class CorkedTransport:
         self._transport.close()
 
     def _flush(self) -> None:
-        parts, self._parts = self._parts, []
+        parts, self._parts, self._bytes = self._parts, [], 0
         if parts:
             self._transport.write(b"".join(parts))

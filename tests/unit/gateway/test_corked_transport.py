@@ -37,6 +37,20 @@ async def test_writes_of_one_turn_leave_together_and_in_order() -> None:
     assert transport.seen == [b"head first ", b"second"]
 
 
+async def test_much_leaves_at_once() -> None:
+    connection, transport = corked()
+
+    connection.write(b"a")
+    connection.write(b"b" * 100_000)
+    in_the_same_turn = list(transport.seen)
+    connection.write(b"c")
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+
+    assert in_the_same_turn == [b"a" + b"b" * 100_000]
+    assert transport.seen[1:] == [b"c"]
+
+
 async def test_a_close_sends_what_was_written_and_nothing_twice() -> None:
     connection, transport = corked()
 
