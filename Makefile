@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV := $(BIN)/uv
 GENERATED ?= generated
+# Processes that run the tests, each a file at a time; 0 is pytest alone. What waits in one leaves the core to the other.
+TEST_PROCESSES ?= 2
 # NIXL asks for torch, which plain memory does not need; kvmesh runs without it, so `make install` goes on where it is not to be had.
 ADD_NIXL = $(UV) pip install --quiet --python $(BIN)/python --no-deps --only-binary :all: nixl-cu12==1.5.1
 PROTO_FILES = $(sort $(wildcard protos/kvmesh/v1/*.proto protos/kvmesh/etcd/v1/*.proto))
@@ -87,8 +89,9 @@ install-hf: install ## Add torch and transformers, for the huggingface engine
 run: install ## Run a mesh: 2 decode workers, 1 prefill worker, queue, router, frontend
 	$(BIN)/kvmesh up
 
+# In the listed order: the long files come first, and so neither process is left alone with one at the end.
 test: install-dev ## Run the tests
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 check: install-dev lint types proto-lint ## Lint, type-check, check the contract, the drift and the house rules
 	$(BIN)/pytest tests/house

@@ -5,6 +5,10 @@
 
 The queue is a process of its own; this one is the submitters and one worker that completes at once what it leases. The
 least that the calls on the way could take is measured beside it: as many empty unary calls (GetStats), one by one.
+
+Most of it is threads waking each other, which costs what the machine makes it cost, most where a virtual CPU has to be
+woken. `pinned`: each process keeps to one CPU, so that only its messages cross; as under a CPU manager that gives a
+container its own. Nothing else may run there meanwhile.
 """
 
 import argparse
@@ -16,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
+from typing import Any
 
 import grpc
 import uvloop
@@ -129,35 +134,62 @@ async def _floor_ms(stub: prefill_queue_pb2_grpc.PrefillQueueStub, calls: int = 
     return _CALLS_PER_TASK * statistics.median(taken)
 
 
+def pin(cpus: tuple[int, ...]) -> None:
+    """Keep this process to some CPUs; its threads too, also those that run already."""
+    for thread in os.listdir("/proc/self/task"):
+        os.sched_setaffinity(int(thread), cpus)
+
+
+def run_cases(in_flight: list[int], *, runs: int, tasks: int, pinned: bool) -> list[dict[str, Any]]:
+    """Measure against a queue process of its own."""
+    all_cpus = tuple(sorted(os.sched_getaffinity(0)))
+    command = [sys.executable, __file__, "--serve", *(["--cpu", str(all_cpus[0])] if pinned else [])]
+    if pinned:
+        pin(all_cpus[1:2])
+    reports = []
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert child.stdin is not None
+        port = int(child.stdout.readline())
+        uvloop.run(measure(port, tasks=100, in_flight=1))  # warm up
+        for number in in_flight:
+            figures = [uvloop.run(measure(port, tasks=tasks, in_flight=number)) for _ in range(runs)]
+            ours = {name: round(statistics.median(run[name] for run in figures), 3) for name in figures[0]}
+            reports.append({"params": {"in_flight": number, "tasks": tasks, "pinned": pinned}, "ours": ours})
+        child.stdin.close()
+    pin(all_cpus)
+    return reports
+
+
 def main() -> None:
     """Measure every case several times and print medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--cpu", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--tasks", type=int, default=400, help="of each run")
     parser.add_argument("--in-flight", type=int, nargs="+", default=[1, 16], help="tasks submitted at once")
     given = parser.parse_args()
     if given.serve:
+        if given.cpu is not None:
+            pin((given.cpu,))
         telemetry.configure_logging(level="warning", log_format="json", stream=sys.stderr)
         uvloop.run(serve())
         return
-    command = [sys.executable, __file__, "--serve"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
-        assert child.stdout is not None
-        port = int(child.stdout.readline())
-        uvloop.run(measure(port, tasks=100, in_flight=1))  # warm up
-        reports = []
-        for in_flight in given.in_flight:
-            runs = [uvloop.run(measure(port, tasks=given.tasks, in_flight=in_flight)) for _ in range(given.runs)]
-            ours = {name: round(statistics.median(run[name] for run in runs), 3) for name in runs[0]}
-            reports.append({"params": {"in_flight": in_flight, "tasks": given.tasks}, "ours": ours})
-        assert child.stdin is not None
-        child.stdin.close()
-    table = Table(
-        "in flight", *reports[0]["ours"], title="Submit to completed, one empty task; floor = three unary calls"
-    )
+    can_pin = hasattr(os, "sched_setaffinity") and len(os.sched_getaffinity(0)) > 1
+    reports = [
+        report
+        for pinned in (False, *((True,) if can_pin else ()))
+        for report in run_cases(given.in_flight, runs=given.runs, tasks=given.tasks, pinned=pinned)
+    ]
+    if not can_pin:
+        print("no pinned cases: they take Linux and two CPUs", file=sys.stderr)
+    title = "Submit to completed, one empty task; floor = three unary calls"
+    table = Table("in flight", "CPUs", *reports[0]["ours"], title=title)
     for report in reports:
-        table.add_row(str(report["params"]["in_flight"]), *(f"{value:,.2f}" for value in report["ours"].values()))
+        params = report["params"]
+        figures = (f"{value:,.2f}" for value in report["ours"].values())
+        table.add_row(str(params["in_flight"]), "one each" if params["pinned"] else "any", *figures)
     Console(stderr=True, width=120).print(table)
     machine = {"cpus": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()}
     cases = [{**report, "peer": None, "ratio": None} for report in reports]

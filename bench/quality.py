@@ -6,7 +6,11 @@
 Every worker has 16,384 blocks of 64 tokens. Ours is `kvmesh simulate`; `peer` is what the peer's offline replay makes
 of the same trace with its own router (for `round_robin` its round robin) and engines. `yardstick` is what no router can
 be expected to pass: one LRU cache of all workers' blocks together, in the trace's blocks of 512 tokens, and nothing
-ever waiting.
+ever waiting. `floor` is what no router can pass at all: a cache that forgets nothing, and nothing ever waiting.
+
+    python bench/quality.py TRACE --bounds
+
+prints these two alone, in a second.
 """
 
 import argparse
@@ -17,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -33,6 +37,7 @@ from kvmesh.core.step_cost import CurvedStepCost
 from kvmesh.replay.trace import BLOCK_TOKENS, TraceRow, read_trace
 from kvmesh.simulate.options import SimulationOptions
 from kvmesh.simulate.prompts import TraceBlocks
+from kvmesh.simulate.result import Spread
 from kvmesh.simulate.run import simulate_policy
 
 _POLICIES = ("round_robin", "kv_aware", "least_work")
@@ -73,9 +78,13 @@ def simulate(trace: Path, limit: int | None, case: Case) -> dict[str, float]:
     }
 
 
-def yardstick(rows: Sequence[TraceRow], workers: int) -> dict[str, float]:
-    """Return the reuse of one pooled LRU cache, and the times to a first token of prompts that never wait."""
-    capacity = workers * _BLOCKS * _BLOCK_SIZE // BLOCK_TOKENS
+def yardstick(rows: Sequence[TraceRow], workers: int | None) -> dict[str, float]:
+    """Return the reuse of one pooled LRU cache, and the times to a first token of prompts that never wait.
+
+    `workers` None: a cache without bounds, which is the floor. Cached is a prompt's last block too as far as the
+    workers' own blocks are full, and but for one token, so that no worker finds more than this.
+    """
+    capacity = sys.maxsize if workers is None else workers * _BLOCKS * _BLOCK_SIZE // BLOCK_TOKENS
     cache: OrderedDict[int, None] = OrderedDict()
     hits = 0
     ttft_ms = []
@@ -87,13 +96,15 @@ def yardstick(rows: Sequence[TraceRow], workers: int) -> dict[str, float]:
             cache.move_to_end(hash_id)
         while len(cache) > capacity:
             cache.popitem(last=False)
-        ttft_ms.append(
-            _prefill_ms(row.input_length - min(depth, (row.input_length - 1) // BLOCK_TOKENS) * BLOCK_TOKENS)
-        )
+        cached = min(depth * BLOCK_TOKENS, (row.input_length - 1) // _BLOCK_SIZE * _BLOCK_SIZE)
+        ttft_ms.append(_prefill_ms(row.input_length - cached))
+    ttft = Spread.of(np.array(ttft_ms))
+    assert ttft.mean is not None
+    assert ttft.p99 is not None
     return {
         "reuse": round(hits / sum(len(row.hash_ids) for row in rows), 4),
-        "ttft_ms_mean": round(float(np.mean(ttft_ms)), 1),
-        "ttft_ms_p99": round(float(np.percentile(ttft_ms, 99)), 1),
+        "ttft_ms_mean": round(ttft.mean, 1),
+        "ttft_ms_p99": round(ttft.p99, 1),
     }
 
 
@@ -129,11 +140,17 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="rows of the trace; leaves the peer out, which takes all")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="simulations at once")
     parser.add_argument("--peer-python", type=Path, default=_PEER_PYTHON, help="of the environment with ai-dynamo")
+    parser.add_argument("--bounds", action="store_true", help="print yardstick and floor, and simulate nothing")
     given = parser.parse_args()
     if not given.trace.is_file():
         parser.error(f"{given.trace} is not there")
     rows = read_trace(given.trace, limit=given.limit)
     yardsticks = {workers: yardstick(rows, workers) for workers in given.workers}
+    floor = yardstick(rows, None)
+    if given.bounds:
+        show_bounds(yardsticks, floor)
+        print(json.dumps({"bench": "quality", "yardstick": yardsticks, "floor": floor}))
+        return
     has_peer = given.limit is None and given.peer_python.exists()
     cases = [Case(*each) for each in product(given.workers, given.speed, given.policy)]
     reports = []
@@ -150,6 +167,7 @@ def main() -> None:
                     "peer": peer,
                     "ratio": ratio,
                     "yardstick": yardsticks[case.workers],
+                    "floor": floor,
                 }
             )
             print(case, ours, file=sys.stderr, flush=True)
@@ -161,7 +179,8 @@ def main() -> None:
 def show(reports: Sequence[dict[str, Any]]) -> None:
     """Print the table for people."""
     table = Table(title="ours, and in brackets the peer's own replay (round robin, or its router)")
-    for title in ("workers", "speed", "policy", "reuse", "of pooled LRU", "TTFT mean ms", "TTFT p99 ms", "ITL mean ms"):
+    titles = ("workers", "speed", "policy", "reuse", "of pooled LRU", "TTFT mean ms", "TTFT p99 ms", "ITL mean ms")
+    for title in titles:
         table.add_column(title, justify="left" if title == "policy" else "right")
     for report in reports:
         params = report["params"]
@@ -170,6 +189,18 @@ def show(reports: Sequence[dict[str, Any]]) -> None:
         cells = (params["workers"], params["speed"], params["policy"], reuse, f"{share:.3f}", *times)
         table.add_row(*map(str, cells), end_section=params["policy"] == reports[-1]["params"]["policy"])
     Console(stderr=True, width=140).print(table)
+
+
+def show_bounds(yardsticks: Mapping[int, Mapping[str, float]], floor: Mapping[str, float]) -> None:
+    """Print what one pooled LRU cache would give where nothing waits, and what nothing can pass."""
+    table = Table(title="one cache for all workers, and nothing ever waits")
+    for title in ("workers", "cache", "reuse", "TTFT mean ms", "TTFT p99 ms"):
+        table.add_column(title, justify="left" if title == "cache" else "right")
+    lines = [(str(workers), "pooled LRU", figures) for workers, figures in yardsticks.items()]
+    for workers, cache, figures in (*lines, ("any", "forgets nothing", floor)):
+        times = (f"{figures[name]:,.1f}" for name in ("ttft_ms_mean", "ttft_ms_p99"))
+        table.add_row(workers, cache, f"{figures['reuse']:.4f}", *times)
+    Console(stderr=True, width=100).print(table)
 
 
 def _cells(report: dict[str, Any]) -> Iterator[str]:

@@ -2,8 +2,6 @@
 
 import json
 import signal
-from collections.abc import Iterator
-from contextlib import ExitStack
 
 import grpc
 import httpx
@@ -11,8 +9,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kvmesh.discovery.embedded_etcd import find_etcd
-from kvmesh.testing.etcd_server import EtcdServer
 from kvmesh.testing.mesh_process import WAIT_S, RoleProcess, run_kvmesh
+from kvmesh.testing.role_cluster import RoleCluster
 
 pytestmark = [
     pytest.mark.skipif(find_etcd() is None, reason="no etcd: install kvmesh[etcd], or put etcd on the PATH"),
@@ -20,23 +18,6 @@ pytestmark = [
 ]
 DECODE, PREFILL = "kvmesh.v1.DecodeWorker", "kvmesh.v1.PrefillWorker"
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
-
-
-class Cluster:
-    """Roles over one store; all of them end with the test."""
-
-    def __init__(self, stack: ExitStack) -> None:
-        self._stack = stack
-        self._store = f"etcd://{stack.enter_context(EtcdServer()).endpoint}"
-
-    def serve(self, role: str, *flags: str) -> RoleProcess:
-        return self._stack.enter_context(RoleProcess(role, "--engine", "echo", "--discovery", self._store, *flags))
-
-
-@pytest.fixture
-def cluster() -> Iterator[Cluster]:
-    with ExitStack() as stack:
-        yield Cluster(stack)
 
 
 def probe(process: RoleProcess, service: str) -> int:
@@ -53,7 +34,7 @@ def wait_for(process: RoleProcess, service: str, wanted: int) -> None:
     raise AssertionError("the watch ended")
 
 
-def test_workers_that_lose_their_queue_probe_as_4_and_go_on_answering(cluster: Cluster) -> None:
+def test_workers_that_lose_their_queue_probe_as_4_and_go_on_answering(cluster: RoleCluster) -> None:
     queue = cluster.serve("queue")
     decode, prefill = cluster.serve("decode"), cluster.serve("prefill")
     frontend = cluster.serve("frontend", "--http-port", "0")

@@ -16,7 +16,7 @@ from kvmesh.runtime.component_config import read_config
 from kvmesh.runtime.component_graph import ComponentGraph
 from kvmesh.runtime.served_role import ServedRole
 from kvmesh.runtime.settings import load_settings
-from kvmesh.sdk import connect, endpoint, service
+from kvmesh.sdk import Runtime, connect, endpoint, service
 from kvmesh.sdk.client import Client
 from kvmesh.sdk.dependencies import graph_of
 from kvmesh.testing.etcd_server import EtcdServer
@@ -110,14 +110,18 @@ async def looks(client: Client, count: int) -> list[dict[str, Any]]:
     return [answer for _ in range(count) async for answer in await client.generate({})]
 
 
-async def looks_without(client: Client, pid: int) -> list[dict[str, Any]]:
-    """Ask until both workers answer and neither is this process any more."""
+async def kill_and_wait_back(runtime: Runtime, pid: int) -> None:
+    """Kill one of the two workers and wait until another process of its is known."""
+    before = epochs(runtime)
+    os.kill(pid, signal.SIGKILL)
     async with asyncio.timeout(BOUND_S):
-        while True:
-            seen = sorted(await looks(client, 2), key=lambda one: str(one["worker_id"]))
-            if len({one["worker_id"] for one in seen}) == 2 and pid not in {one["pid"] for one in seen}:
-                return seen
-            await asyncio.sleep(0.05)
+        while len(epochs(runtime)) < 2 or epochs(runtime) == before:
+            await runtime.changed()
+
+
+def epochs(runtime: Runtime) -> dict[str, int]:
+    """Return what tells a worker's processes apart."""
+    return {record.worker_id: record.epoch for record in runtime.workers("lab", "Worker")}
 
 
 async def test_workers_are_processes_with_gpus_of_their_own_and_come_back(graph: GraphProcess, folder: Path) -> None:
@@ -125,8 +129,8 @@ async def test_workers_are_processes_with_gpus_of_their_own_and_come_back(graph:
         client = await runtime.namespace("lab").component("Worker").endpoint("look").client()
         ids = await client.wait_for_workers(2)
         before = await looks(client, 2)
-        os.kill(before[0]["pid"], signal.SIGKILL)
-        after = await looks_without(client, before[0]["pid"])
+        await kill_and_wait_back(runtime, before[0]["pid"])
+        after = await looks(client, 2)
         whole = await http.post("/sdk/v1/lab/Entry/look", json={})
     code = graph.stop()
 
@@ -136,6 +140,7 @@ async def test_workers_are_processes_with_gpus_of_their_own_and_come_back(graph:
         ("N/lab.Worker/1", "7", "welcome"),
     ]
     assert {(seen["worker_id"], seen["gpus"]) for seen in after} == {(ids[0], "4"), (ids[1], "7")}
+    assert before[0]["pid"] not in {seen["pid"] for seen in after}
     assert whole.json()["worker_id"] in ids
     assert code == 0
     assert {f"left-{seen['pid']}" for seen in after} == {

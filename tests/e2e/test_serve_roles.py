@@ -3,9 +3,8 @@
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -15,28 +14,12 @@ from kvmesh.core.waits import Waits
 from kvmesh.discovery.embedded_etcd import find_etcd
 from kvmesh.testing.etcd_server import EtcdServer
 from kvmesh.testing.mesh_process import WAIT_S, RoleProcess
+from kvmesh.testing.role_cluster import RoleCluster
 
 pytestmark = [
     pytest.mark.skipif(find_etcd() is None, reason="no etcd: install kvmesh[etcd], or put etcd on the PATH"),
     pytest.mark.timeout(180),
 ]
-
-
-class Cluster:
-    """Roles over one store; all of them end with the test."""
-
-    def __init__(self, stack: ExitStack) -> None:
-        self._stack = stack
-        self._store = f"etcd://{stack.enter_context(EtcdServer()).endpoint}"
-
-    def serve(self, role: str, *flags: str) -> RoleProcess:
-        return self._stack.enter_context(RoleProcess(role, "--engine", "echo", "--discovery", self._store, *flags))
-
-
-@pytest.fixture
-def cluster() -> Iterator[Cluster]:
-    with ExitStack() as stack:
-        yield Cluster(stack)
 
 
 def ask(frontend: RoleProcess, prompt: str) -> httpx.Response:
@@ -50,7 +33,7 @@ def eventually(is_true: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def test_roles_served_one_by_one_find_each_other_and_serve(cluster: Cluster) -> None:
+def test_roles_served_one_by_one_find_each_other_and_serve(cluster: RoleCluster) -> None:
     cluster.serve("queue")
     cluster.serve("router")
     cluster.serve("processor", "--router", "separate")
@@ -82,7 +65,7 @@ def test_role_whose_store_is_away_is_ready_only_once_it_is_registered() -> None:
     assert "discovery.reached" in order
 
 
-def test_each_role_shows_its_metrics_and_its_health(cluster: Cluster) -> None:
+def test_each_role_shows_its_metrics_and_its_health(cluster: RoleCluster) -> None:
     queue = cluster.serve("queue")
 
     metrics = httpx.get(queue.wait_logged("role.started")["metrics"], trust_env=False, timeout=WAIT_S)
@@ -91,7 +74,7 @@ def test_each_role_shows_its_metrics_and_its_health(cluster: Cluster) -> None:
     assert queue.stop() == 0
 
 
-def test_of_two_queues_the_second_takes_over_when_the_first_is_killed(cluster: Cluster) -> None:
+def test_of_two_queues_the_second_takes_over_when_the_first_is_killed(cluster: RoleCluster) -> None:
     first = cluster.serve("queue", "--index", "0")
     second = cluster.serve("queue", "--index", "1")
     cluster.serve("decode")
@@ -113,7 +96,7 @@ def ready(frontend: RoleProcess) -> int:
     return httpx.get(f"{frontend.http_url}/readyz", trust_env=False, timeout=WAIT_S).status_code
 
 
-def test_frontend_whose_only_worker_is_killed_is_unready_while_its_record_still_stands(cluster: Cluster) -> None:
+def test_frontend_whose_only_worker_is_killed_is_unready_while_its_record_still_stands(cluster: RoleCluster) -> None:
     worker = cluster.serve("decode")
     frontend = cluster.serve("frontend", "--http-port", "0", "--grpc-host", "127.0.0.1", "--grpc-port", "0")
     frontend.wait_logged("role.ready")
@@ -130,7 +113,9 @@ def test_frontend_whose_only_worker_is_killed_is_unready_while_its_record_still_
     assert ask(frontend, "Hi").status_code == 200
 
 
-def test_what_waits_on_a_worker_that_hangs_goes_elsewhere_once_it_is_known_to(cluster: Cluster, tmp_path: Path) -> None:
+def test_what_waits_on_a_worker_that_hangs_goes_elsewhere_once_it_is_known_to(
+    cluster: RoleCluster, tmp_path: Path
+) -> None:
     config = tmp_path / "mesh.toml"
     config.write_text("[discovery]\nttl_s = 2\n")
     flags = ("--config", str(config))
@@ -150,7 +135,7 @@ def test_what_waits_on_a_worker_that_hangs_goes_elsewhere_once_it_is_known_to(cl
 
 
 def test_of_two_workers_with_one_id_the_earlier_serves_again_when_the_later_is_gone(
-    cluster: Cluster, tmp_path: Path
+    cluster: RoleCluster, tmp_path: Path
 ) -> None:
     config = tmp_path / "mesh.toml"
     config.write_text("[discovery]\nttl_s = 2\n")
@@ -168,7 +153,7 @@ def test_of_two_workers_with_one_id_the_earlier_serves_again_when_the_later_is_g
     eventually(lambda: ask(frontend, "Tell me a joke").status_code == 200)
 
 
-def test_a_port_that_is_taken_says_what_to_do(cluster: Cluster) -> None:
+def test_a_port_that_is_taken_says_what_to_do(cluster: RoleCluster) -> None:
     queue = cluster.serve("queue")
     _, _, port = str(queue.wait_logged("role.started")["metrics"]).removesuffix("/metrics").rpartition(":")
 

@@ -1,7 +1,6 @@
 """`make run` and the prompts that people copy: sentences of a real forward pass, whose KV a real transport moved."""
 
 import asyncio
-import json
 import os
 import re
 import signal
@@ -78,12 +77,6 @@ async def ask(mesh: MeshProcess, prompts: Iterable[str]) -> dict[str, str]:
         return dict(zip(wanted, await asyncio.gather(*map(one, wanted)), strict=True))
 
 
-def counters(mesh: MeshProcess) -> dict[str, int]:
-    shown = json.loads(run_kvmesh("status", "--json", "--target", mesh.grpc_address).stdout)
-    found: dict[str, int] = shown["counters"]
-    return found
-
-
 def unexpected(answers: dict[str, str]) -> dict[str, str]:
     return {prompt: text for prompt, text in answers.items() if not text.startswith(EXPECTED[prompt])}
 
@@ -92,26 +85,26 @@ def test_the_default_mesh_answers_in_sentences_with_and_without_its_prefill_work
     prompts = list(EXPECTED)
     with MeshProcess() as mesh:
         before = asyncio.run(ask(mesh, prompts[0::2]))
-        moved = counters(mesh)
+        moved = mesh.topology().counters
         shown = run_kvmesh("status", "--target", mesh.grpc_address).stdout
         metrics = httpx.get(f"{mesh.http_url}/metrics", trust_env=False, timeout=WAIT_S).text
         drained = run_kvmesh("drain", "NODE3/prefill/0", "--target", mesh.grpc_address)
         after = asyncio.run(ask(mesh, prompts[1::2]))
-        ended = counters(mesh)
+        ended = mesh.topology().counters
 
     assert drained.returncode == 0, drained.stderr
     assert unexpected(before | after) == {}
     assert {prompt: text for prompt, text in (before | after).items() if prompt in SEEDS} == SEEDS
-    assert moved["remote_prefills"] > len(before) / 2
-    assert moved["kv_bytes_moved"] >= moved["remote_prefills"] * BLOCK_TOKENS * KV_BYTES_PER_TOKEN
-    assert f"prefills: {moved['remote_prefills']} remote" in shown
+    assert moved.remote_prefills > len(before) / 2
+    assert moved.kv_bytes_moved >= moved.remote_prefills * BLOCK_TOKENS * KV_BYTES_PER_TOKEN
+    assert f"prefills: {moved.remote_prefills} remote" in shown
     assert "KiB of KV moved" in shown
     by_transport = dict(re.findall(r'^kvmesh_kv_bytes_moved_total\{transport="(\w+)"\} (\S+)$', metrics, re.MULTILINE))
     assert by_transport
     assert by_transport.keys() <= BETWEEN_PROCESSES
-    assert ended["remote_prefills"] == moved["remote_prefills"]
-    assert ended["local_prefills"] > moved["local_prefills"]
-    assert ended["failed"] == 0
+    assert ended.remote_prefills == moved.remote_prefills
+    assert ended.local_prefills > moved.local_prefills
+    assert ended.failed == 0
     assert mesh.logged("prefill.completed", worker_id="NODE3/prefill/0")
     assert mesh.stray_lines == []
 
@@ -129,10 +122,10 @@ def test_a_prefill_process_that_is_killed_among_the_answers_changes_none_of_them
 
     with MeshProcess("--processes") as mesh:
         answers = asyncio.run(ask_all(mesh))
-        found = counters(mesh)
+        found = mesh.topology().counters
 
     assert unexpected(answers) == {}
-    assert found["remote_prefills"] > 0
-    assert found["kv_bytes_moved"] > 0
-    assert found["failed"] == 0
+    assert found.remote_prefills > 0
+    assert found.kv_bytes_moved > 0
+    assert found.failed == 0
     assert mesh.logged("process.died", process="NODE3/prefill/0")

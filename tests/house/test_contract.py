@@ -23,6 +23,8 @@ from kvmesh.v1 import (
 )
 
 ROOT = Path(__file__).parents[2]
+INSTALLED = (".venv/.installed", ".venv-protos/.installed")
+"""Targets of the Makefile."""
 FILES: list[FileDescriptor] = [
     module.DESCRIPTOR
     for module in (
@@ -92,10 +94,12 @@ def test_every_rpc_of_the_frontend_has_a_rest_route() -> None:
     assert missing == []
 
 
+@pytest.mark.skipif(not all((ROOT / stamp).exists() for stamp in INSTALLED), reason="not installed: make install-dev")
 def test_the_committed_code_is_what_the_contract_generates(tmp_path: Path) -> None:
-    subprocess.run(
-        ["make", "--silent", "protos", f"GENERATED={tmp_path}"], cwd=ROOT, check=True, capture_output=True, timeout=50
-    )
+    # What is installed is taken as it is: make may not install anew beneath the tests that run beside this one.
+    installed = (flag for stamp in INSTALLED for flag in ("--old-file", stamp))
+    command = ["make", "--silent", *installed, "protos", f"GENERATED={tmp_path}"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=50)
 
     committed, fresh = (
         {

@@ -10,8 +10,12 @@ import grpc
 import pytest
 
 from kvmesh.core.errors import BackOffError, OutOfTimeError, Reason, TryElsewhereError
+from kvmesh.core.ids import Epoch, WorkerId
+from kvmesh.core.roster import WorkerRecord, WorkerRole
+from kvmesh.discovery.memory import MemoryDiscovery
 from kvmesh.runtime.server import GrpcServer
 from kvmesh.services.channels import Channels, mesh_errors
+from kvmesh.services.peers import Peers
 from kvmesh.v1 import worker_control_pb2, worker_control_pb2_grpc
 
 GENEROUS_S = 10.0
@@ -25,6 +29,9 @@ class FullControl(worker_control_pb2_grpc.WorkerControlServicer):
     def __init__(self) -> None:
         self.draining = asyncio.Event()
         self.cleaned = asyncio.Event()
+
+    async def Undrain(self, request: Any, context: Any) -> worker_control_pb2.UndrainResponse:
+        raise AssertionError("nobody asks")
 
     async def GetInfo(self, request: Any, context: Any) -> worker_control_pb2.GetInfoResponse:
         raise BackOffError(Reason.OVERLOADED, "all 8 slots taken", retry_after_s=0.5, metadata={"slots": "8"})
@@ -68,6 +75,80 @@ async def test_one_address_has_one_channel(channels: Channels) -> None:
 
     assert first is again
     assert first is not other
+
+
+async def test_the_channel_to_an_address_that_nobody_has_is_dropped_at_the_second_look(channels: Channels) -> None:
+    for address in ("127.0.0.1:1", "127.0.0.1:2"):
+        channels.get(address)
+
+    await channels.drop_unlisted({"127.0.0.1:2"})
+    after_one = set(channels.addresses)
+    await channels.drop_unlisted({"127.0.0.1:2"})
+
+    assert after_one == {"127.0.0.1:1", "127.0.0.1:2"}
+    assert set(channels.addresses) == {"127.0.0.1:2"}
+
+
+async def test_an_address_that_is_listed_again_keeps_its_channel(channels: Channels) -> None:
+    channel = channels.get("127.0.0.1:1")
+
+    await channels.drop_unlisted(set())
+    await channels.drop_unlisted({"127.0.0.1:1"})
+    await channels.drop_unlisted(set())
+
+    assert channels.get("127.0.0.1:1") is channel
+
+
+async def test_what_still_runs_at_an_unlisted_address_is_not_cut(
+    channels: Channels, address: str, control: FullControl
+) -> None:
+    channel = channels.get(address)
+    running = asyncio.ensure_future(stub_on(channel).Drain(DRAIN_REQUEST, timeout=GENEROUS_S))
+    await asyncio.wait_for(control.draining.wait(), GENEROUS_S)
+
+    for _ in range(3):
+        await channels.drop_unlisted(set())
+
+    assert set(channels.addresses) == {address}
+    assert not running.done()
+    running.cancel()
+
+
+async def test_who_follows_discovery_drops_the_channels_to_those_who_have_gone() -> None:
+    discovery, channels = MemoryDiscovery(), Channels()
+    peers = Peers(discovery, namespace="mesh", channels=channels, sweep_s=0.01)
+    gone = await discovery.register(worker_record(1))
+    stays = await discovery.register(worker_record(2))
+    peers.start()
+    async with asyncio.timeout(GENEROUS_S):
+        while len(peers.roster.records()) < 2:
+            await peers.changed()
+    for record in peers.roster.records():
+        channels.get(record.address)
+
+    await gone.stop()
+    async with asyncio.timeout(GENEROUS_S):
+        while len(channels.addresses) > 1:  # noqa: ASYNC110  # the sweep tells nobody
+            await asyncio.sleep(0.01)
+    left = set(channels.addresses)
+    await stays.stop()
+    await peers.aclose()
+    await channels.aclose()
+
+    assert left == {"127.0.0.1:2"}
+
+
+def worker_record(index: int) -> WorkerRecord:
+    """Return the record of a worker at the port of its index, where nobody listens."""
+    return WorkerRecord(
+        worker_id=WorkerId(f"NODE1/decode/{index}"),
+        epoch=Epoch(1),
+        role=WorkerRole.DECODE,
+        models=("m",),
+        namespace="mesh",
+        block_size=4,
+        address=f"127.0.0.1:{index}",
+    )
 
 
 async def test_error_of_a_peer_comes_back_as_it_was_raised(channels: Channels, address: str) -> None:

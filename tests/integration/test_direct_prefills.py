@@ -1,28 +1,33 @@
 """Remote prefill without a queue: the decode worker chooses a prefill worker, asks it, and turns to the next one."""
 
 import asyncio
-import socket
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import grpc
 import pytest
 
-from kvmesh import telemetry
 from kvmesh.core.errors import Reason
-from kvmesh.core.ids import Epoch, WorkerId
-from kvmesh.core.roster import WorkerRecord, WorkerRole
+from kvmesh.core.roster import WorkerRole
 from kvmesh.runtime.worker import Worker
+from kvmesh.testing.remote_prefills import (
+    BLOCKS,
+    HAND,
+    PROMPT,
+    add_record,
+    decisions,
+    local_answer,
+    prefill_task,
+    silent_server,
+    waits_ended,
+)
 from kvmesh.testing.worker_group import (
     BLOCK_BYTES,
     BLOCK_SIZE,
     GENEROUS_S,
     MODEL,
-    NAMESPACE,
     SMALL,
     WAITS,
-    Answer,
     HeldSimulatedEngine,
     HeldTransport,
     WorkerGroup,
@@ -30,11 +35,9 @@ from kvmesh.testing.worker_group import (
     request,
     worker_group,
 )
-from kvmesh.v1 import decode_worker_pb2, generation_pb2, prefill_queue_pb2, prefill_worker_pb2
+from kvmesh.v1 import decode_worker_pb2, prefill_queue_pb2, prefill_worker_pb2
 from kvmesh.wire.error_catalog import from_rpc_error
 
-PROMPT = tuple(range(18))
-BLOCKS = 4
 PINNED_FOR_LONG = replace(WAITS, pin_s=600.0)
 """Longer than any test: a pin that ends was given back."""
 
@@ -43,10 +46,6 @@ PINNED_FOR_LONG = replace(WAITS, pin_s=600.0)
 async def group() -> AsyncIterator[WorkerGroup]:
     async with worker_group(PINNED_FOR_LONG) as group:
         yield group
-
-
-def decisions(answer: Answer) -> list[tuple[bool, str]]:
-    return [(decision.remote, decision.reason) for decision in answer.decisions]
 
 
 def prompt(number: int) -> tuple[int, ...]:
@@ -63,33 +62,11 @@ async def wait_known(group: WorkerGroup, decode: Worker, count: int) -> None:
     await eventually(lambda: decode._parts.peers.prefill_workers(MODEL) == count)
 
 
-async def add_record(group: WorkerGroup, address: str) -> None:
-    """Let decode workers believe in a prefill worker at an address."""
-    await group.discovery.register(
-        WorkerRecord(
-            worker_id=WorkerId("node/prefill/stranger"), epoch=Epoch(1), role=WorkerRole.PREFILL, models=(MODEL,),
-            namespace=NAMESPACE, block_size=BLOCK_SIZE, address=address,
-        )
-    )  # fmt: skip
-
-
-@contextmanager
-def silent_server() -> Iterator[str]:
-    """Listen, and never say anything: the kernel alone takes connections."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        yield f"127.0.0.1:{server.getsockname()[1]}"
-
-
-def waits_ended(wait: str) -> float:
-    return float(telemetry.WAIT_ENDED.labels(wait=wait)._value.get())
-
-
 async def test_blocks_move_without_a_queue_and_the_answer_is_the_local_one(group: WorkerGroup) -> None:
     prefill = await group.add_prefill()
     decode = await group.add_decode(direct=True)
     await wait_known(group, decode, 1)
-    async with worker_group() as alone:
-        expected = await alone.generate(await alone.add_decode(), request("alone"))
+    expected = await local_answer()
 
     answer = await group.generate(decode, request("r"))
 
@@ -175,7 +152,7 @@ async def test_required_direct_prefill_that_is_refused_fails_the_request(group: 
 
 
 async def test_a_worker_that_is_gone_leaves_the_prefill_to_the_next(group: WorkerGroup) -> None:
-    await add_record(group, "127.0.0.1:1")
+    await add_record(group, HAND, WorkerRole.PREFILL)
     decode = await group.add_decode(direct=True)
     await wait_known(group, decode, 1)
 
@@ -191,7 +168,7 @@ async def test_a_worker_that_is_gone_leaves_the_prefill_to_the_next(group: Worke
 
 async def test_a_worker_that_says_nothing_is_left_within_the_wait_to_connect(group: WorkerGroup) -> None:
     with silent_server() as address:
-        await add_record(group, address)
+        await add_record(group, HAND, WorkerRole.PREFILL, address)
         decode = await group.add_decode(direct=True, waits=replace(PINNED_FOR_LONG, connect_s=0.2))
         await wait_known(group, decode, 1)
         before = waits_ended("connect_s")
@@ -273,12 +250,8 @@ async def test_storm_of_cancellations_leaves_no_pin(group: WorkerGroup) -> None:
     await group.wait_idle()
 
 
-def direct_request(request_id: str, tokens: Sequence[int] = PROMPT) -> prefill_worker_pb2.PrefillWorkerGenerateRequest:
-    return prefill_worker_pb2.PrefillWorkerGenerateRequest(
-        task=prefill_queue_pb2.PrefillTask(
-            request_id=request_id, attempt=1, token_ids=generation_pb2.TokenIds(token_ids=tokens)
-        )
-    )
+def direct_request(request_id: str) -> prefill_worker_pb2.PrefillWorkerGenerateRequest:
+    return prefill_worker_pb2.PrefillWorkerGenerateRequest(task=prefill_task(request_id))
 
 
 async def cancel(group: WorkerGroup, worker: Worker, request_id: str) -> None:

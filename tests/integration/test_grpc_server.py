@@ -34,6 +34,9 @@ class Control(worker_control_pb2_grpc.WorkerControlServicer):
     def __init__(self, behaviour: Behaviour) -> None:
         self._behaviour = behaviour
 
+    async def Undrain(self, request: Any, context: Any) -> worker_control_pb2.UndrainResponse:
+        raise AssertionError("nobody asks")
+
     async def GetInfo(self, request: Any, context: Any) -> Info:
         return await self._behaviour(request, context)
 
@@ -111,7 +114,7 @@ async def test_reflection_describes_a_service_by_its_name() -> None:
 
     files = [FileDescriptorProto.FromString(data) for data in response.file_descriptor_response.file_descriptor_proto]
     (described,) = [file for file in files if file.name == "kvmesh/v1/worker_control.proto"]
-    assert [method.name for method in described.service[0].method] == ["Drain", "GetInfo"]
+    assert [method.name for method in described.service[0].method] == ["Drain", "Undrain", "GetInfo"]
 
 
 async def test_message_beyond_the_default_limit_of_grpc_arrives() -> None:

@@ -1,6 +1,6 @@
 """Checksums of handed-over blocks: what arrives with other bytes is dropped, and computed where it is needed."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -10,8 +10,9 @@ from kvmesh import telemetry
 from kvmesh.engines.numpy_llama import NumpyLlamaEngine
 from kvmesh.engines.numpy_llama_options import NumpyLlamaOptions
 from kvmesh.engines.numpy_llama_weights import LlamaWeights, load_weights
+from kvmesh.testing.remote_prefills import decisions
 from kvmesh.testing.tiny_model import write_tiny_model
-from kvmesh.testing.worker_group import Answer, WorkerGroup, request, worker_group
+from kvmesh.testing.worker_group import WorkerGroup, request, worker_group
 from kvmesh.transports.memory import MemoryTransport
 
 PROMPT = tuple(range(5, 75))
@@ -39,16 +40,6 @@ class BitFlippingTransport(MemoryTransport):
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> LlamaWeights:
     return load_weights(write_tiny_model(tmp_path_factory.mktemp("tiny") / "tiny"), dtype="float64")
-
-
-@pytest.fixture
-async def group() -> AsyncIterator[WorkerGroup]:
-    async with worker_group() as group:
-        yield group
-
-
-def decisions(answer: Answer) -> list[tuple[bool, str]]:
-    return [(decision.remote, decision.reason) for decision in answer.decisions]
 
 
 def altered() -> float:

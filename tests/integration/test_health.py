@@ -18,6 +18,9 @@ SERVICE_UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 
 
 class SilentControl(worker_control_pb2_grpc.WorkerControlServicer):
+    async def Undrain(self, request: Any, context: Any) -> worker_control_pb2.UndrainResponse:
+        raise AssertionError("nobody asks")
+
     async def GetInfo(self, request: Any, context: Any) -> worker_control_pb2.GetInfoResponse:
         return worker_control_pb2.GetInfoResponse()
 
@@ -116,7 +119,7 @@ async def test_service_that_is_not_ready_at_the_start_waits_to_be_set() -> None:
     assert (before, after) == (NOT_SERVING, SERVING)
 
 
-async def test_draining_is_not_serving_for_good(server: GrpcServer, stub: Any) -> None:
+async def test_draining_is_not_serving_whatever_is_told_until_it_is_undone(server: GrpcServer, stub: Any) -> None:
     watched = watch(stub, "kvmesh.v1.WorkerControl")
     await watched.read()
 
@@ -124,8 +127,15 @@ async def test_draining_is_not_serving_for_good(server: GrpcServer, stub: Any) -
     server.health.set_serving("kvmesh.v1.WorkerControl", True)
     server.health.set_serving("kvmesh.v1.Late", True)
 
-    assert (await watched.read()).status == NOT_SERVING
-    assert [await check(stub, name) for name in ("", "kvmesh.v1.WorkerControl", "kvmesh.v1.Late")] == [NOT_SERVING] * 3
+    while_draining = [await check(stub, name) for name in ("", "kvmesh.v1.WorkerControl", "kvmesh.v1.Late")]
+    told = (await watched.read()).status
+    server.health.set_serving("kvmesh.v1.Late", False)
+    server.health.undrain()
+
+    assert (told, while_draining) == (NOT_SERVING, [NOT_SERVING] * 3)
+    assert (await watched.read()).status == SERVING
+    assert [await check(stub, name) for name in ("", "kvmesh.v1.WorkerControl")] == [SERVING] * 2
+    assert await check(stub, "kvmesh.v1.Late") == NOT_SERVING
     watched.cancel()
 
 

@@ -40,6 +40,9 @@ class ScriptedControl(worker_control_pb2_grpc.WorkerControlServicer):
     def __init__(self, behaviour: Unary) -> None:
         self._behaviour = behaviour
 
+    async def Undrain(self, request: Any, context: Any) -> worker_control_pb2.UndrainResponse:
+        raise AssertionError("nobody asks")
+
     async def GetInfo(self, request: Any, context: Any) -> Info:
         return await self._behaviour(request, context)
 

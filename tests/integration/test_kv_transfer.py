@@ -1,7 +1,7 @@
 """Pins that a worker holds for others: each ends once, by Release or by time; and the direct mode that lends them."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -27,19 +27,12 @@ from kvmesh.testing.worker_group import (
     WAITS,
     HeldSimulatedEngine,
     WorkerGroup,
-    worker_group,
 )
 from kvmesh.transports.memory import MemoryNetwork, MemoryTransport
 from kvmesh.v1 import generation_pb2, kv_transfer_pb2, prefill_queue_pb2, prefill_worker_pb2, worker_control_pb2
 from kvmesh.wire.error_catalog import from_rpc_error
 
 BLOCKS = 4
-
-
-@pytest.fixture
-async def group() -> AsyncIterator[WorkerGroup]:
-    async with worker_group() as group:
-        yield group
 
 
 def prefill_task(name: str = "direct", **fields: Any) -> prefill_queue_pb2.PrefillTask:

@@ -1,7 +1,6 @@
 """The prefill worker's pull loop against a real queue; the submitters are calls of the test."""
 
 import asyncio
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +17,6 @@ from kvmesh.testing.worker_group import (
     HeldSimulatedEngine,
     WorkerGroup,
     eventually,
-    worker_group,
 )
 from kvmesh.v1 import generation_pb2, kv_transfer_pb2, prefill_queue_pb2, worker_control_pb2
 from kvmesh.wire.error_catalog import from_rpc_error
@@ -34,12 +32,6 @@ class CrashingEngine(HeldSimulatedEngine):
         if self.held:
             return super().step()
         raise RuntimeError("the device fell off the bus")
-
-
-@pytest.fixture
-async def group() -> AsyncIterator[WorkerGroup]:
-    async with worker_group() as group:
-        yield group
 
 
 def submit(group: WorkerGroup, name: str, **fields: Any) -> Any:

@@ -61,7 +61,8 @@ class Consumer:
         if leased.task.request_id.startswith("poison"):
             await self._answer(leased, retryable=False)
             return False
-        match self.rng.choice(["complete", "complete", "fail", "silent", "crash"]):
+        ends = ["complete", "complete", "fail", "silent", "crash"]
+        match self.rng.choice(ends) if self.crashes else "crash":  # its first lease at least, whatever the die says
             case "complete":
                 await self._answer(leased)
             case "fail":

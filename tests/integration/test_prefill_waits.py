@@ -1,26 +1,21 @@
 """Every wait of a remote prefill ends: with a typed outcome, counted, and with nothing held."""
 
 import asyncio
-import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import grpc
 import pytest
 
 from kvmesh import telemetry
 from kvmesh.core.errors import Reason
-from kvmesh.core.ids import Epoch, WorkerId
 from kvmesh.core.lease_limits import QueueLimits
-from kvmesh.core.roster import WorkerRecord, WorkerRole
+from kvmesh.core.roster import WorkerRole
+from kvmesh.testing.remote_prefills import HAND, HandWorker, add_record, handoff_of, silent_server, waits_ended
 from kvmesh.testing.tcp_proxy import TcpProxy
 from kvmesh.testing.worker_group import (
-    BLOCK_SIZE,
     GENEROUS_S,
-    MODEL,
-    NAMESPACE,
     WAITS,
     Answer,
     HeldSimulatedEngine,
@@ -28,41 +23,17 @@ from kvmesh.testing.worker_group import (
     WorkerGroup,
     eventually,
     request,
-    worker_group,
 )
-from kvmesh.v1 import generation_pb2, prefill_queue_pb2, prefill_worker_pb2
+from kvmesh.v1 import prefill_queue_pb2
 from kvmesh.wire.error_catalog import from_rpc_error
-from kvmesh.wire.layout import layout_to_wire
-from kvmesh.wire.validation import duration
-
-PROMPT = tuple(range(18))
-LAYOUT = layout_to_wire(HeldSimulatedEngine().info.layout)  # type: ignore[arg-type]  # it has one
-HAND = "node/prefill/hand"
-
-
-@pytest.fixture
-async def group() -> AsyncIterator[WorkerGroup]:
-    async with worker_group() as group:
-        yield group
 
 
 @contextmanager
 def ends(wait: str) -> Iterator[None]:
     """Expect a wait to end within the block."""
-    before = count(wait)
+    before = waits_ended(wait)
     yield
-    assert count(wait) > before, f"waits.{wait} was not counted"
-
-
-def count(wait: str) -> float:
-    return float(telemetry.WAIT_ENDED.labels(wait=wait)._value.get())
-
-
-@contextmanager
-def silent_server() -> Iterator[str]:
-    """Listen, and never say anything: the kernel alone takes connections."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        yield f"127.0.0.1:{server.getsockname()[1]}"
+    assert waits_ended(wait) > before, f"waits.{wait} was not counted"
 
 
 def fallback(answer: Answer) -> str:
@@ -73,38 +44,9 @@ def fallback(answer: Answer) -> str:
     return second.reason
 
 
-async def add_record(group: WorkerGroup, worker_id: str, role: WorkerRole, address: str) -> None:
-    await group.discovery.register(
-        WorkerRecord(
-            worker_id=WorkerId(worker_id), epoch=Epoch(1), role=role, models=(MODEL,), namespace=NAMESPACE,
-            block_size=BLOCK_SIZE, address=address,
-        )
-    )  # fmt: skip
-
-
-async def attach(group: WorkerGroup) -> Any:
-    """Attach a prefill worker by hand; return its stream, to be kept."""
-    attachment = group.queue_stub().Attach(
-        prefill_queue_pb2.AttachRequest(
-            worker_id=HAND, epoch=1, models=[MODEL], layout=LAYOUT, transports=[group.network.reach]
-        ),
-        timeout=GENEROUS_S,
-    )
-    await attachment.read()
-    await add_record(group, HAND, WorkerRole.PREFILL, "127.0.0.1:1")
-    return attachment
-
-
-async def lease(group: WorkerGroup) -> prefill_queue_pb2.LeasedTask:
-    leased = await group.queue_stub().Lease(
-        prefill_queue_pb2.LeaseRequest(worker_id=HAND, epoch=1, max_tasks=1, wait=duration(10)), timeout=GENEROUS_S
-    )
-    return leased.tasks[0]
-
-
 async def test_task_that_nobody_leases(group: WorkerGroup) -> None:
     await group.add_queue()
-    attachment = await attach(group)
+    hand = await HandWorker.attach(group)
     decode = await group.add_decode(waits=replace(WAITS, prefill_s=0.2, first_token_s=600.0))
 
     with ends("prefill_s"):
@@ -112,7 +54,7 @@ async def test_task_that_nobody_leases(group: WorkerGroup) -> None:
 
     assert fallback(answer) == "fallback_prefill_failed"
     await group.wait_idle()
-    attachment.cancel()
+    hand.leave()
 
 
 async def test_task_that_is_leased_and_not_computed(group: WorkerGroup) -> None:
@@ -130,7 +72,7 @@ async def test_task_that_is_leased_and_not_computed(group: WorkerGroup) -> None:
 async def test_queue_that_takes_the_connection_and_says_nothing(group: WorkerGroup) -> None:
     with silent_server() as address:
         await add_record(group, "node/queue/silent", WorkerRole.QUEUE, address)
-        await add_record(group, HAND, WorkerRole.PREFILL, "127.0.0.1:1")
+        await add_record(group, HAND, WorkerRole.PREFILL)
         decode = await group.add_decode(waits=replace(WAITS, prefill_s=0.3, first_token_s=600.0, connect_s=0.3))
 
         with ends("prefill_s"):
@@ -165,44 +107,28 @@ async def test_blocks_that_do_not_arrive(group: WorkerGroup) -> None:
 
 async def test_pin_that_nobody_releases(group: WorkerGroup) -> None:
     prefill = await group.add_prefill(waits=replace(WAITS, pin_s=0.1))
-    task = prefill_queue_pb2.PrefillTask(
-        request_id="direct", attempt=1, token_ids=generation_pb2.TokenIds(token_ids=PROMPT)
-    )
 
     with ends("pin_s"):
-        call = group.direct(prefill).Generate(
-            prefill_worker_pb2.PrefillWorkerGenerateRequest(task=task), timeout=GENEROUS_S
-        )
-        assert [response async for response in call][-1].handoff.pin_id
+        assert (await handoff_of(group, prefill)).pin_id
         await group.wait_until(prefill, lambda info: info.pins == 0)
 
 
 async def test_holder_that_does_not_say_that_its_blocks_held_still(group: WorkerGroup) -> None:
-    holder = await group.add_prefill(namespace="aside")
+    holder = await group.add_prefill(namespace="aside", waits=replace(WAITS, pin_s=2.0))
     await group.add_queue()
-    attachment = await attach(group)
+    hand = await HandWorker.attach(group)
     decode = await group.add_decode(waits=replace(WAITS, connect_s=0.3))
-    task = prefill_queue_pb2.PrefillTask(
-        request_id="direct", attempt=1, token_ids=generation_pb2.TokenIds(token_ids=PROMPT)
-    )
-    call = group.direct(holder).Generate(prefill_worker_pb2.PrefillWorkerGenerateRequest(task=task), timeout=GENEROUS_S)
-    handoff = [response async for response in call][-1].handoff
+    handoff = await handoff_of(group, holder)
 
     with silent_server() as handoff.address, ends("connect_s"):
         running = asyncio.ensure_future(group.generate(decode, request("r")))
-        leased = await lease(group)
-        key = prefill_queue_pb2.TaskKey(request_id=leased.task.request_id, attempt=leased.task.attempt)
-        await group.queue_stub().Complete(
-            prefill_queue_pb2.CompleteRequest(
-                key=key, lease_id=leased.lease_id, result=prefill_queue_pb2.TaskCompleted(handoff=handoff)
-            ),
-            timeout=GENEROUS_S,
-        )
+        leased = await hand.lease()
+        await hand.complete(leased, handoff)
         answer = await running
 
     assert fallback(answer) == "fallback_kv_transfer_failed"
     assert answer.usage.kv_bytes_moved == 0
-    attachment.cancel()
+    hand.leave()
     await group.wait_idle()
 
 
@@ -211,9 +137,9 @@ async def test_queue_that_does_not_answer_a_prefill_worker_that_attaches(group: 
         await add_record(group, "node/queue/silent", WorkerRole.QUEUE, address)
 
         with ends("connect_s"):
-            before = count("connect_s")
+            before = waits_ended("connect_s")
             await group.add_prefill(waits=replace(WAITS, connect_s=0.2))
-            await eventually(lambda: count("connect_s") > before)
+            await eventually(lambda: waits_ended("connect_s") > before)
 
 
 async def test_queue_that_does_not_take_a_result(group: WorkerGroup) -> None:
@@ -229,10 +155,10 @@ async def test_queue_that_does_not_take_a_result(group: WorkerGroup) -> None:
     await group.wait_until(prefill, lambda info: info.requests == 1)
 
     with ends("connect_s"):
-        before = count("connect_s")
+        before = waits_ended("connect_s")
         proxy.stall()
         engine.held = False
-        await eventually(lambda: count("connect_s") > before)
+        await eventually(lambda: waits_ended("connect_s") > before)
     await group.wait_until(prefill, lambda info: info.pins == 0)
     proxy.restore()
     answer = await running
@@ -244,13 +170,13 @@ async def test_queue_that_does_not_take_a_result(group: WorkerGroup) -> None:
 
 async def test_lease_that_is_not_extended_and_a_task_that_has_no_attempt_left(group: WorkerGroup) -> None:
     await group.add_queue(QueueLimits(lease_ttl_s=0.2, max_attempts=1))
-    attachment = await attach(group)
+    hand = await HandWorker.attach(group)
     decode = await group.add_decode()
     lost = float(telemetry.QUEUE_LEASES_LOST._value.get())
     dead = float(telemetry.QUEUE_TASKS.labels(outcome="dead")._value.get())
 
     running = asyncio.ensure_future(group.generate(decode, request("r")))
-    leased = await lease(group)
+    leased = await hand.lease()
     answer = await running
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await group.queue_stub().Extend(
@@ -264,19 +190,13 @@ async def test_lease_that_is_not_extended_and_a_task_that_has_no_attempt_left(gr
     assert from_rpc_error(caught.value).reason is Reason.LEASE_LOST
     assert float(telemetry.QUEUE_LEASES_LOST._value.get()) == lost + 1
     assert float(telemetry.QUEUE_TASKS.labels(outcome="dead")._value.get()) == dead + 1
-    attachment.cancel()
+    hand.leave()
     await group.wait_idle()
 
 
 async def test_drain_of_a_worker_whose_lent_blocks_nobody_fetches(group: WorkerGroup) -> None:
     prefill = await group.add_prefill(waits=replace(WAITS, kv_transfer_s=0.2))
-    task = prefill_queue_pb2.PrefillTask(
-        request_id="direct", attempt=1, token_ids=generation_pb2.TokenIds(token_ids=PROMPT)
-    )
-    call = group.direct(prefill).Generate(
-        prefill_worker_pb2.PrefillWorkerGenerateRequest(task=task), timeout=GENEROUS_S
-    )
-    assert [response async for response in call][-1].handoff.pin_id
+    assert (await handoff_of(group, prefill)).pin_id
 
     with ends("kv_transfer_s"):
         assert await prefill.drain(GENEROUS_S) == (0, 0)

@@ -10,13 +10,13 @@ import pytest
 
 from kvmesh.core.hashing import local_block_hashes, sequence_hashes
 from kvmesh.runtime.worker import Worker
+from kvmesh.testing.remote_prefills import decisions, local_answer
 from kvmesh.testing.worker_group import (
     BLOCK_BYTES,
     BLOCK_SIZE,
     GENEROUS_S,
     SMALL,
     WAITS,
-    Answer,
     HeldSimulatedEngine,
     HeldTransport,
     WorkerGroup,
@@ -50,22 +50,12 @@ async def group() -> AsyncIterator[WorkerGroup]:
         yield group
 
 
-async def local_tokens() -> list[int]:
-    """What a worker answers that is on its own."""
-    async with worker_group() as alone:
-        return (await alone.generate(await alone.add_decode(), request("alone", tokens=PROMPT))).token_ids
-
-
 async def add_decode_with_head(group: WorkerGroup, **options: Any) -> Worker:
     """Start a decode worker and have it compute HEAD itself: there is no prefill worker yet."""
     decode = await group.add_decode(**options)
     answer = await group.generate(decode, request("head", tokens=HEAD))
     assert [decision.remote for decision in answer.decisions] == [False]
     return decode
-
-
-def decisions(answer: Answer) -> list[tuple[bool, str]]:
-    return [(decision.remote, decision.reason) for decision in answer.decisions]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +94,7 @@ async def release(group: WorkerGroup, worker: Worker, handoff: generation_pb2.Kv
 
 
 async def test_prefill_worker_pulls_what_decode_holds_and_computes_the_rest(group: WorkerGroup) -> None:
-    expected = await local_tokens()
+    expected = (await local_answer(PROMPT)).token_ids
     engine = HeldSimulatedEngine()
     decode = await add_decode_with_head(group)
     prefill = await group.add_prefill(engine)
@@ -219,7 +209,7 @@ async def test_bad_prefix_is_dropped_and_the_whole_prompt_computed(
 
 
 async def test_prefix_whose_pin_ended_during_the_pull_is_dropped(group: WorkerGroup) -> None:
-    expected = await local_tokens()
+    expected = (await local_answer(PROMPT)).token_ids
     decode = await add_decode_with_head(group, waits=replace(WAITS, pin_s=0.1))
     transport = HeldTransport(group.network)
     prefill = await group.add_prefill(transport=transport)
@@ -281,7 +271,7 @@ async def test_cancellation_while_the_prefix_moves_leaks_nothing(group: WorkerGr
 
 
 async def test_wait_that_ends_while_the_prefix_moves_leaks_nothing(group: WorkerGroup) -> None:
-    expected = await local_tokens()
+    expected = (await local_answer(PROMPT)).token_ids
     decode = await add_decode_with_head(group, waits=replace(WAITS, prefill_s=0.3, first_token_s=0.6, pin_s=LONG_PIN_S))
     await group.add_prefill(transport=HeldTransport(group.network))
 

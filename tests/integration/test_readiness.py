@@ -20,7 +20,7 @@ from kvmesh.runtime.worker import Worker
 from kvmesh.testing.held_transport import HeldPulls
 from kvmesh.testing.mesh import generate, open_frontend, running_mesh
 from kvmesh.testing.tcp_proxy import TcpProxy
-from kvmesh.testing.worker_group import GENEROUS_S, NAMESPACE, WorkerGroup, eventually, request, worker_group
+from kvmesh.testing.worker_group import GENEROUS_S, NAMESPACE, WorkerGroup, eventually, request
 from kvmesh.transports.memory import MemoryTransport
 from kvmesh.transports.shared_memory import SharedMemoryTransport
 from kvmesh.v1 import worker_control_pb2
@@ -29,12 +29,6 @@ from kvmesh.wire.error_catalog import from_rpc_error
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 ROLE_SERVICES = {WorkerRole.DECODE: "kvmesh.v1.DecodeWorker", WorkerRole.PREFILL: "kvmesh.v1.PrefillWorker"}
-
-
-@pytest.fixture
-async def group() -> AsyncIterator[WorkerGroup]:
-    async with worker_group() as group:
-        yield group
 
 
 async def check(group: WorkerGroup, address: str, service: str) -> Any:

@@ -1,9 +1,8 @@
 """Remote prefill between real workers and a real queue: blocks move, or the request runs locally and nothing leaks."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import grpc
 import numpy as np
@@ -11,114 +10,45 @@ import pytest
 
 from kvmesh.core.errors import Reason
 from kvmesh.core.hashing import local_block_hashes, sequence_hashes
-from kvmesh.core.ids import Epoch, WorkerId
 from kvmesh.core.lease_limits import QueueLimits
 from kvmesh.core.remote_prefill import RemotePrefillRules
 from kvmesh.core.roster import WorkerRecord, WorkerRole
-from kvmesh.runtime.worker import Worker
+from kvmesh.testing.remote_prefills import (
+    BLOCKS,
+    HAND,
+    PROMPT,
+    HandWorker,
+    add_record,
+    decisions,
+    handoff_of,
+    local_answer,
+    prefill_task,
+)
 from kvmesh.testing.worker_group import (
     BLOCK_BYTES,
     BLOCK_SIZE,
     GENEROUS_S,
-    MODEL,
     NAMESPACE,
     SMALL,
     WAITS,
-    Answer,
     HeldSimulatedEngine,
     HeldTransport,
     WorkerGroup,
     eventually,
     request,
-    worker_group,
 )
 from kvmesh.v1 import (
     decode_worker_pb2,
     generation_pb2,
     prefill_queue_pb2,
-    prefill_worker_pb2,
     worker_control_pb2,
     worker_events_pb2,
 )
 from kvmesh.wire.error_catalog import from_rpc_error
-from kvmesh.wire.layout import layout_to_wire
 from kvmesh.wire.validation import duration
 
-PROMPT = tuple(range(18))
-BLOCKS = 4
-"""Full blocks of the prompt that may be cached: its last token is always computed."""
 HASHES = sequence_hashes(local_block_hashes(np.array(PROMPT, dtype=np.uint32), BLOCK_SIZE))[:BLOCKS]
-LAYOUT = layout_to_wire(HeldSimulatedEngine().info.layout)  # type: ignore[arg-type]  # it has one
-STRANGER = "node/prefill/stranger"
-
 Change = Callable[[generation_pb2.KvHandoff], None]
-
-
-@pytest.fixture
-async def group() -> AsyncIterator[WorkerGroup]:
-    async with worker_group() as group:
-        yield group
-
-
-async def local_answer() -> Answer:
-    """What a worker answers that is on its own."""
-    async with worker_group() as alone:
-        return await alone.generate(await alone.add_decode(), request("alone"))
-
-
-def decisions(answer: Answer) -> list[tuple[bool, str]]:
-    return [(decision.remote, decision.reason) for decision in answer.decisions]
-
-
-async def register_prefill_worker(group: WorkerGroup) -> None:
-    """Let the decode workers believe in a prefill worker that only this test knows."""
-    await group.discovery.register(
-        WorkerRecord(
-            worker_id=WorkerId(STRANGER), epoch=Epoch(1), role=WorkerRole.PREFILL, models=(MODEL,),
-            namespace=NAMESPACE, block_size=BLOCK_SIZE, address="127.0.0.1:1",
-        )
-    )  # fmt: skip
-
-
-class Stranger:
-    """A prefill worker by hand: it leases and says what a test wants it to say."""
-
-    def __init__(self, group: WorkerGroup, attachment: Any) -> None:
-        self._stub = group.queue_stub()
-        self._attachment = attachment
-
-    @classmethod
-    async def attach(cls, group: WorkerGroup, **fields: Any) -> "Stranger":
-        await register_prefill_worker(group)
-        defaults: dict[str, Any] = {"models": [MODEL], "layout": LAYOUT, "transports": [group.network.reach]}
-        attachment = group.queue_stub().Attach(
-            prefill_queue_pb2.AttachRequest(worker_id=STRANGER, epoch=1, **(defaults | fields)), timeout=GENEROUS_S
-        )
-        await attachment.read()
-        return cls(group, attachment)
-
-    async def lease(self) -> prefill_queue_pb2.LeasedTask:
-        leased = await self._stub.Lease(
-            prefill_queue_pb2.LeaseRequest(worker_id=STRANGER, epoch=1, max_tasks=1, wait=duration(10)),
-            timeout=GENEROUS_S,
-        )
-        return leased.tasks[0]
-
-    async def complete(self, leased: prefill_queue_pb2.LeasedTask, handoff: generation_pb2.KvHandoff) -> None:
-        key = prefill_queue_pb2.TaskKey(request_id=leased.task.request_id, attempt=leased.task.attempt)
-        result = prefill_queue_pb2.TaskCompleted(handoff=handoff, computed_tokens=len(PROMPT))
-        await self._stub.Complete(
-            prefill_queue_pb2.CompleteRequest(key=key, lease_id=leased.lease_id, result=result), timeout=GENEROUS_S
-        )
-
-
-async def real_handoff(group: WorkerGroup, worker: Worker) -> generation_pb2.KvHandoff:
-    """Have a prefill worker compute the prompt, asked directly."""
-    task = prefill_queue_pb2.PrefillTask(
-        request_id="direct", attempt=1, token_ids=generation_pb2.TokenIds(token_ids=PROMPT)
-    )
-    call = group.direct(worker).Generate(prefill_worker_pb2.PrefillWorkerGenerateRequest(task=task), timeout=GENEROUS_S)
-    return [response async for response in call][-1].handoff
 
 
 async def test_blocks_move_and_the_answer_is_the_local_one(group: WorkerGroup) -> None:
@@ -232,15 +162,15 @@ async def test_bad_handoff_is_dropped_and_the_request_runs_locally(
     # The holder is no party to the queue: it is asked directly, and what it hands over is changed on the way.
     holder = await group.add_prefill(waits=replace(WAITS, pin_s=2.0), namespace="aside")
     await group.add_queue()
-    stranger = await Stranger.attach(group)
+    hand = await HandWorker.attach(group)
     decode = await group.add_decode()
-    handoff = await real_handoff(group, holder)
+    handoff = await handoff_of(group, holder)
     change(handoff)
     expected = await local_answer()
 
     async def play() -> None:
-        leased = await stranger.lease()
-        await stranger.complete(leased, handoff)
+        leased = await hand.lease()
+        await hand.complete(leased, handoff)
 
     answer, _ = await asyncio.gather(group.generate(decode, request("r")), play())
 
@@ -251,7 +181,7 @@ async def test_bad_handoff_is_dropped_and_the_request_runs_locally(
 
 
 async def test_without_a_queue_the_request_runs_locally(group: WorkerGroup) -> None:
-    await register_prefill_worker(group)
+    await add_record(group, HAND, WorkerRole.PREFILL)
     decode = await group.add_decode()
 
     answer = await group.generate(decode, request("r"))
@@ -271,12 +201,10 @@ async def test_without_a_prefill_worker_no_question_is_asked(group: WorkerGroup)
 
 async def test_full_queue_makes_the_prefill_local(group: WorkerGroup) -> None:
     queue = await group.add_queue(QueueLimits(max_depth=1))
-    await Stranger.attach(group)
+    await HandWorker.attach(group)
     decode = await group.add_decode()
-    task = prefill_queue_pb2.PrefillTask(
-        request_id="before", attempt=1, model=MODEL, token_ids=generation_pb2.TokenIds(token_ids=PROMPT)
-    )
-    before = group.queue_stub().Submit(prefill_queue_pb2.SubmitRequest(task=task), timeout=GENEROUS_S)
+    wanted = prefill_queue_pb2.SubmitRequest(task=prefill_task("before"))
+    before = group.queue_stub().Submit(wanted, timeout=GENEROUS_S)
     await before.read()
 
     answer = await group.generate(decode, request("r"))
@@ -313,15 +241,15 @@ async def test_prefill_that_takes_too_long_is_given_up(group: WorkerGroup) -> No
 
 async def test_prefill_that_is_leased_may_take_longer_than_the_wait_for_a_lease(group: WorkerGroup) -> None:
     await group.add_queue()
-    stranger = await Stranger.attach(group)
+    hand = await HandWorker.attach(group)
     holder = await group.add_prefill(namespace="aside")
-    handoff = await real_handoff(group, holder)
+    handoff = await handoff_of(group, holder)
     decode = await group.add_decode(waits=replace(WAITS, prefill_s=1.0, first_token_s=60.0))
     running = asyncio.ensure_future(group.generate(decode, request("r")))
-    leased = await stranger.lease()
+    leased = await hand.lease()
 
     await asyncio.sleep(1.5)  # the time it computes
-    await stranger.complete(leased, handoff)
+    await hand.complete(leased, handoff)
     answer = await running
 
     assert decisions(answer) == [(True, "remote")]
@@ -330,14 +258,14 @@ async def test_prefill_that_is_leased_may_take_longer_than_the_wait_for_a_lease(
 
 async def test_prefill_that_nobody_leases_is_given_up_after_the_wait_for_a_lease(group: WorkerGroup) -> None:
     await group.add_queue()
-    stranger = await Stranger.attach(group)
+    hand = await HandWorker.attach(group)
     decode = await group.add_decode(waits=replace(WAITS, prefill_s=0.3, first_token_s=10 * GENEROUS_S))
 
     answer = await group.generate(decode, request("r"))
 
     assert decisions(answer) == [(True, "remote"), (False, "fallback_prefill_failed")]
-    assert stranger is not None
     await group.wait_idle()
+    hand.leave()
 
 
 async def test_remote_prefill_takes_at_most_a_quarter_of_what_remains(group: WorkerGroup) -> None:
@@ -418,7 +346,7 @@ async def test_pool_too_full_for_the_blocks_makes_the_prefill_local(group: Worke
 
 
 async def test_required_remote_prefill_that_fails_fails_the_request(group: WorkerGroup) -> None:
-    await register_prefill_worker(group)
+    await add_record(group, HAND, WorkerRole.PREFILL)
     decode = await group.add_decode(required=True)
 
     with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -484,7 +412,7 @@ async def test_cancellation_leaks_nothing(group: WorkerGroup, point: str) -> Non
     transport = HeldTransport(group.network)
     prefill_engine, decode_engine = HeldSimulatedEngine(held=point == "computing"), HeldSimulatedEngine()
     if point == "queued":
-        await Stranger.attach(group)
+        await HandWorker.attach(group)
     else:
         await group.add_prefill(prefill_engine)
     decode = await group.add_decode(decode_engine, transport=transport)

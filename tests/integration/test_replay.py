@@ -63,7 +63,7 @@ async def _wait_indexed(mesh: Mesh, cached: TraceRow) -> None:
         model="simulated", token_ids=generate_request(cached, model="simulated").prompt.token_ids
     )
     query = query_from_proto(wanted, block_sizes=frozenset({ENGINE_BLOCK}))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         while max(mesh.gateway.router.overlaps(query).values(), default=0) < cached.input_length // ENGINE_BLOCK - 1:
             await mesh.gateway.router.changed()
 

@@ -66,14 +66,14 @@ async def test_every_route_is_listed_under_its_service_with_what_it_does(browser
     assert "kvmesh.v1.WorkerControl" in shown
     assert "/mesh/v1/workers/{worker_id}:drain" in shown
     assert "Generate a continuation, whole: the hello world" in shown
-    assert await page.evaluate("document.querySelectorAll('details.operation').length") == 7
+    assert await page.evaluate("document.querySelectorAll('details.operation').length") == 8
     assert page.faults == []
 
 
 async def test_an_address_that_cannot_be_decoded_opens_nothing(browser: tuple[Chromium, str]) -> None:
     page = await opened(browser, "#100%")
 
-    assert await page.evaluate("document.querySelectorAll('details.operation').length") == 7
+    assert await page.evaluate("document.querySelectorAll('details.operation').length") == 8
     assert await page.evaluate("document.querySelectorAll('details.operation[open]').length") == 0
     assert page.faults == []
 
@@ -137,6 +137,6 @@ async def test_a_path_keeps_the_slashes_of_a_worker_s_name(browser: tuple[Chromi
 async def test_nothing_is_wider_than_a_phone(browser: tuple[Chromium, str], dark: bool) -> None:
     page = await opened(browser, "#kvmesh.v1.Frontend.Generate", width=390, dark=dark)
     await page.evaluate("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
-    await page.wait_for("document.querySelectorAll('form').length === 7")
+    await page.wait_for("document.querySelectorAll('form').length === 8")
 
     assert await page.evaluate("document.documentElement.scrollWidth") <= 390

@@ -240,13 +240,22 @@ async def test_children_end_also_where_the_store_cannot_be_left() -> None:
     settings = load_settings(overrides={"waits.drain_s": 3.0}).settings
     processes = ComponentProcesses("m:C", read_config(graph_of(Slow), file=None, flags=()), settings, config_flags=())
     processes._runtime = UnclosableRuntime(MemoryDiscovery(), namespace="ns")
-    waits_for_stdin = (sys.executable, "-c", "import sys; sys.stdin.read()")
-    processes._supervisor.start(ChildSpec("Slow/0", waits_for_stdin, dict(os.environ)))
-    async with asyncio.timeout(BOUND_S):
-        while processes._supervisor.children["Slow/0"].pid is None:  # noqa: ASYNC110  # nobody tells
-            await asyncio.sleep(0.01)
+    runs, has_ended = asyncio.Event(), asyncio.Event()
 
-    with pytest.raises(MeshError, match="the store is gone"):
-        await processes.stop()
+    async def hear(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        runs.set()
+        await reader.read()
+        writer.close()
+        has_ended.set()
 
+    async with await asyncio.start_server(hear, "127.0.0.1", 0) as server, asyncio.timeout(BOUND_S):
+        port = server.sockets[0].getsockname()[1]
+        program = f"import socket, sys; held = socket.create_connection(('127.0.0.1', {port})); sys.stdin.read()"
+        processes._supervisor.start(ChildSpec("Slow/0", (sys.executable, "-c", program), dict(os.environ)))
+        await runs.wait()
+
+        with pytest.raises(MeshError, match="the store is gone"):
+            await processes.stop()
+
+        await has_ended.wait()
     assert processes._supervisor.children["Slow/0"].pid is None

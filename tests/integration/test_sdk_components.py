@@ -417,9 +417,10 @@ async def test_the_indexer_finds_who_holds_a_prefix(mesh: ServedComponents) -> N
 
 async def until_scores(indexer: KvIndexer, prompt: list[int], expected: dict[str, int]) -> None:
     """Wait for what travels on a stream."""
-    async with asyncio.timeout(BOUND_S):
-        while (await indexer.find_matches_for_request(prompt)).scores != expected:  # noqa: ASYNC110  # nobody tells
-            await asyncio.sleep(0.01)
+    until = asyncio.get_running_loop().time() + BOUND_S
+    while (scores := (await indexer.find_matches_for_request(prompt)).scores) != expected:
+        assert asyncio.get_running_loop().time() < until, scores
+        await indexer._watch._workers.news.wait(until)
 
 
 async def test_only_who_is_served_publishes(mesh: ServedComponents) -> None:

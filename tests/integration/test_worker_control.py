@@ -1,14 +1,16 @@
 """WorkerControl of one worker, and forwarded by name, over real servers; and a worker's own beginning and end."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from itertools import count
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from kvmesh.core.errors import ConflictError, Reason
+from kvmesh.core.errors import ConflictError, Reason, TryElsewhereError
 from kvmesh.core.ids import Epoch, WorkerId
 from kvmesh.core.roster import WorkerRecord
 from kvmesh.engines.echo import EchoEngine
@@ -24,7 +26,7 @@ from kvmesh.testing.worker_group import (
     request,
     worker_group,
 )
-from kvmesh.v1 import worker_control_pb2, worker_control_pb2_grpc
+from kvmesh.v1 import worker_control_pb2, worker_control_pb2_grpc, worker_events_pb2
 from kvmesh.wire.error_catalog import from_rpc_error
 from kvmesh.wire.validation import duration
 
@@ -191,6 +193,105 @@ async def test_forwarded_drain_passes_the_workers_own_refusal_on(group: WorkerGr
             )
 
     assert from_rpc_error(caught.value).reason is Reason.INVALID_FIELD
+
+
+async def test_an_undrained_worker_takes_requests_and_says_so_everywhere(group: WorkerGroup) -> None:
+    worker = await group.add_decode()
+    health = health_pb2_grpc.HealthStub(group.channel(worker.identity.address))
+    loads = aiter(group.events(worker).WatchLoad(worker_events_pb2.WatchLoadRequest(), timeout=GENEROUS_S))
+    await group.control(worker).Drain(worker_control_pb2.DrainRequest(), timeout=GENEROUS_S)
+
+    answers = [
+        await group.control(worker).Undrain(worker_control_pb2.UndrainRequest(), timeout=GENEROUS_S) for _ in range(2)
+    ]
+    answered = await group.generate(worker, request("r"))
+    checked = await health.Check(health_pb2.HealthCheckRequest(service="kvmesh.v1.DecodeWorker"), timeout=GENEROUS_S)
+    said = [(await anext(loads)).draining]
+    while said[-1]:
+        said.append((await anext(loads)).draining)
+
+    assert [answer.was_draining for answer in answers] == [True, False]
+    assert len(answered.token_ids) == 3
+    assert checked.status == health_pb2.HealthCheckResponse.SERVING
+    assert not (await group.info(worker)).draining
+    assert [record.draining for record in group.discovery._of(NAMESPACE)] == [False]
+
+
+async def test_undrain_ends_a_drain_that_waits_and_what_runs_goes_on(group: WorkerGroup) -> None:
+    engine = HeldSimulatedEngine(held=True)
+    worker = await group.add_decode(engine)
+    running = asyncio.ensure_future(group.generate(worker, request("r")))
+    await group.wait_until(worker, lambda info: info.requests == 1)
+    drain = group.control(worker).Drain(worker_control_pb2.DrainRequest(timeout=duration(60)), timeout=GENEROUS_S)
+    await group.wait_until(worker, lambda info: info.draining)
+
+    answer = await group.control(worker).Undrain(worker_control_pb2.UndrainRequest(), timeout=GENEROUS_S)
+    with pytest.raises(grpc.aio.AioRpcError) as ended:
+        await drain
+    engine.held = False
+    answered = await running
+
+    assert answer.was_draining
+    assert from_rpc_error(ended.value).reason is Reason.CANCELLED
+    assert len(answered.token_ids) == 3
+
+
+@pytest.mark.parametrize("is_waiting", [False, True], ids=["a drain that has ended", "a drain that waits"])
+async def test_an_undrained_prefill_worker_leases_again(group: WorkerGroup, is_waiting: bool) -> None:
+    await group.add_queue()
+    engine = HeldSimulatedEngine(held=is_waiting)
+    prefill, decode = await group.add_prefill(engine), await group.add_decode()
+    before = [asyncio.ensure_future(group.generate(decode, request("before")))] if is_waiting else []
+    if is_waiting:
+        await group.wait_until(prefill, lambda info: info.requests == 1)
+    drain = group.control(prefill).Drain(worker_control_pb2.DrainRequest(timeout=duration(60)), timeout=GENEROUS_S)
+    if is_waiting:
+        await group.wait_until(prefill, lambda info: info.draining)
+    else:
+        await drain
+
+    await group.control(prefill).Undrain(worker_control_pb2.UndrainRequest(), timeout=GENEROUS_S)
+    engine.held = False
+    for running in before:
+        await running
+    async with asyncio.timeout(GENEROUS_S):
+        for number in count(1):  # until it is attached anew, whoever wants a prefill does it alone
+            first = 100 * number
+            await group.generate(decode, request(f"after{number}", tokens=tuple(range(first, first + 18))))
+            if (await group.info(prefill)).counters["tasks"] > len(before):
+                break
+
+    assert (await group.info(prefill)).counters["tasks"] == len(before) + 1
+    assert not (await group.info(prefill)).draining
+
+
+async def test_a_worker_on_its_way_out_is_not_undrained(group: WorkerGroup) -> None:
+    worker = await group.add_decode()
+    await worker.stop()
+
+    with pytest.raises(TryElsewhereError) as refused:
+        await worker.undrain()
+
+    assert refused.value.reason is Reason.DRAINING
+    assert worker._is_draining
+
+
+async def test_undrain_is_forwarded_to_the_worker_that_is_named(group: WorkerGroup) -> None:
+    named, other = await group.add_decode(), await group.add_decode()
+    for worker in (named, other):
+        await group.control(worker).Drain(worker_control_pb2.DrainRequest(), timeout=GENEROUS_S)
+
+    async with forwarding(group) as control:
+        answer = await control.Undrain(
+            worker_control_pb2.UndrainRequest(worker_id=named.identity.worker_id), timeout=GENEROUS_S
+        )
+        with pytest.raises(grpc.aio.AioRpcError) as unknown:
+            await control.Undrain(worker_control_pb2.UndrainRequest(worker_id="nobody"), timeout=GENEROUS_S)
+
+    assert answer.was_draining
+    assert not (await group.info(named)).draining
+    assert (await group.info(other)).draining
+    assert from_rpc_error(unknown.value).reason is Reason.NOT_FOUND
 
 
 async def test_start_that_is_refused_leaves_nothing_running(group: WorkerGroup) -> None:

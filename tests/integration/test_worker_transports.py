@@ -2,7 +2,6 @@
 
 import os
 import sys
-from collections.abc import AsyncIterator
 from pathlib import Path
 from types import ModuleType
 
@@ -21,7 +20,6 @@ from kvmesh.testing.worker_group import (
     HeldSimulatedEngine,
     WorkerGroup,
     request,
-    worker_group,
 )
 from kvmesh.transports import nixl_library
 from kvmesh.transports.memory import MemoryNetwork, MemoryTransport
@@ -34,12 +32,6 @@ FULL_BLOCKS = 4
 OURS = ("shared_memory", "tcp")
 
 needs_nixl = pytest.mark.skipif(not nixl_library.is_installed(), reason=f"needs NIXL: {nixl_library.INSTALL}")
-
-
-@pytest.fixture
-async def group() -> AsyncIterator[WorkerGroup]:
-    async with worker_group() as group:
-        yield group
 
 
 def make(kind: str, directory: Path) -> Transport:

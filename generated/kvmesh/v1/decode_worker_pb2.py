@@ -27,7 +27,7 @@ from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 from kvmesh.v1 import generation_pb2 as kvmesh_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dkvmesh/v1/decode_worker.proto\x12\tkvmesh.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x17google/rpc/status.proto\x1a\x1akvmesh/v1/generation.proto\"\xea\x02\n\rDecodeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\r\n\x05model\x18\x03 \x01(\t\x12\x0e\n\x04text\x18\x04 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x05 \x01(\x0b\x32\x13.kvmesh.v1.TokenIdsH\x00\x12+\n\x08sampling\x18\x06 \x01(\x0b\x32\x19.kvmesh.v1.SamplingParams\x12*\n\x07timeout\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x11\n\trouter_id\x18\x08 \x01(\t\x12\x16\n\x0ereservation_id\x18\t \x01(\x06\x12\x13\n\x0btraceparent\x18\n \x01(\t\x12\x15\n\x08priority\x18\x0b \x01(\rH\x01\x88\x01\x01\x12\x0c\n\x04lora\x18\x0c \x01(\t\x12\x17\n\x0f\x63\x61\x63he_namespace\x18\r \x01(\tB\x07\n\x05inputB\x0b\n\t_priority\"H\n\x1b\x44\x65\x63odeWorkerGenerateRequest\x12)\n\x07request\x18\x01 \x01(\x0b\x32\x18.kvmesh.v1.DecodeRequest\"\xcb\x01\n\x1c\x44\x65\x63odeWorkerGenerateResponse\x12\'\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x13.kvmesh.v1.AcceptedH\x00\x12-\n\x07prefill\x18\x02 \x01(\x0b\x32\x1a.kvmesh.v1.PrefillDecisionH\x00\x12!\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x10.kvmesh.v1.ChunkH\x00\x12\'\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x13.kvmesh.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"!\n\x08\x41\x63\x63\x65pted\x12\x15\n\rload_sequence\x18\x01 \x01(\x06\"\x9f\x01\n\x0f\x45xchangeRequest\x12\'\n\x04open\x18\x01 \x01(\x0b\x32\x17.kvmesh.v1.ExchangeOpenH\x00\x12+\n\x06submit\x18\x02 \x01(\x0b\x32\x19.kvmesh.v1.ExchangeSubmitH\x00\x12+\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x19.kvmesh.v1.ExchangeCancelH\x00\x42\t\n\x07\x63ommand\"U\n\x0c\x45xchangeOpen\x12\x14\n\x0cprocessor_id\x18\x01 \x01(\t\x12/\n\x0cmerge_within\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"N\n\x0e\x45xchangeSubmit\x12\x11\n\tstream_id\x18\x01 \x01(\x04\x12)\n\x07request\x18\x02 \x01(\x0b\x32\x18.kvmesh.v1.DecodeRequest\"#\n\x0e\x45xchangeCancel\x12\x11\n\tstream_id\x18\x01 \x01(\x04\"\xbe\x02\n\x10\x45xchangeResponse\x12-\n\x08\x61\x63\x63\x65pted\x18\x01 \x03(\x0b\x32\x1b.kvmesh.v1.ExchangeAccepted\x12,\n\x08prefills\x18\x02 \x03(\x0b\x32\x1a.kvmesh.v1.ExchangePrefill\x12\x12\n\nstream_ids\x18\x03 \x03(\x04\x12\x0e\n\x06\x63ounts\x18\x04 \x03(\r\x12\x11\n\ttoken_ids\x18\x05 \x03(\r\x12\r\n\x05words\x18\x06 \x03(\t\x12-\n\x08\x66inished\x18\x07 \x03(\x0b\x32\x1b.kvmesh.v1.ExchangeFinished\x12)\n\x06\x66\x61iled\x18\x08 \x03(\x0b\x32\x19.kvmesh.v1.ExchangeFailed\x12-\n\x08logprobs\x18\t \x03(\x0b\x32\x1b.kvmesh.v1.ExchangeLogprobs\"O\n\x10\x45xchangeLogprobs\x12\x11\n\tstream_id\x18\x01 \x01(\x04\x12(\n\x06tokens\x18\x02 \x03(\x0b\x32\x18.kvmesh.v1.TokenLogprobs\"<\n\x10\x45xchangeAccepted\x12\x11\n\tstream_id\x18\x01 \x01(\x04\x12\x15\n\rload_sequence\x18\x02 \x01(\x06\"s\n\x0f\x45xchangePrefill\x12\x11\n\tstream_id\x18\x01 \x01(\x04\x12,\n\x08\x64\x65\x63ision\x18\x02 \x01(\x0b\x32\x1a.kvmesh.v1.PrefillDecision\x12\x1f\n\x05usage\x18\x03 \x01(\x0b\x32\x10.kvmesh.v1.Usage\"L\n\x10\x45xchangeFinished\x12\x11\n\tstream_id\x18\x01 \x01(\x04\x12%\n\x08\x66inished\x18\x02 \x01(\x0b\x32\x13.kvmesh.v1.Finished\"Y\n\x0e\x45xchangeFailed\x12\x11\n\tstream_id\x18\x01 \x01(\x04\x12\"\n\x06status\x18\x02 \x01(\x0b\x32\x12.google.rpc.Status\x12\x10\n\x08rejected\x18\x03 \x01(\x08\x32\xb6\x01\n\x0c\x44\x65\x63odeWorker\x12]\n\x08Generate\x12&.kvmesh.v1.DecodeWorkerGenerateRequest\x1a\'.kvmesh.v1.DecodeWorkerGenerateResponse0\x01\x12G\n\x08\x45xchange\x12\x1a.kvmesh.v1.ExchangeRequest\x1a\x1b.kvmesh.v1.ExchangeResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dkvmesh/v1/decode_worker.proto\x12\tkvmesh.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x17google/rpc/status.proto\x1a\x1akvmesh/v1/generation.proto\"\x86\x03\n\rDecodeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\r\n\x05model\x18\x03 \x01(\t\x12\x0e\n\x04text\x18\x04 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x05 \x01(\x0b\x32\x13.kvmesh.v1.TokenIdsH\x00\x12+\n\x08sampling\x18\x06 \x01(\x0b\x32\x19.kvmesh.v1.SamplingParams\x12*\n\x07timeout\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x11\n\trouter_id\x18\x08 \x01(\t\x12\x16\n\x0ereservation_id\x18\t \x01(\x06\x12\x13\n\x0btraceparent\x18\n \x01(\t\x12\x15\n\x08priority\x18\x0b \x01(\rH\x01\x88\x01\x01\x12\x0c\n\x04lora\x18\x0c \x01(\t\x12\x17\n\x0f\x63\x61\x63he_namespace\x18\r \x01(\t\x12\x11\n\x04rank\x18\x0e \x01(\rH\x02\x88\x01\x01\x42\x07\n\x05inputB\x0b\n\t_priorityB\x07\n\x05_rank\"H\n\x1b\x44\x65\x63odeWorkerGenerateRequest\x12)\n\x07request\x18\x01 \x01(\x0b\x32\x18.kvmesh.v1.DecodeRequest\"\xcb\x01\n\x1c\x44\x65\x63odeWorkerGenerateResponse\x12\'\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x13.kvmesh.v1.AcceptedH\x00\x12-\n\x07prefill\x18\x02 \x01(\x0b\x32\x1a.kvmesh.v1.PrefillDecisionH\x00\x12!\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x10.kvmesh.v1.ChunkH\x00\x12\'\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x13.kvmesh.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"!\n\x08\x41\x63\x63\x65pted\x12\x15\n\rload_sequence\x18\x01 \x01(\x06\"\x9f\x01\n\x0f\x45xchangeRequest\x12\'\n\x04open\x18\x01 \x01(\x0b\x32\x17.kvmesh.v1.ExchangeOpenH\x00\x12+\n\x06submit\x18\x02 \x01(\x0b\x32\x19.kvmesh.v1.ExchangeSubmitH\x00\x12+\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x19.kvmesh.v1.ExchangeCancelH\x00\x42\t\n\x07\x63ommand\"U\n\x0c\x45xchangeOpen\x12\x14\n\x0cprocessor_id\x18\x01 \x01(\t\x12/\n\x0cmerge_within\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"N\n\x0e\x45xchangeSubmit\x12\x11\n\tstream_id\x18\x01 \x01(\x04\x12)\n\x07request\x18\x02 \x01(\x0b\x32\x18.kvmesh.v1.DecodeRequest\"#\n\x0e\x45xchangeCancel\x12\x11\n\tstream_id\x18\x01 \x01(\x04\"\xbe\x02\n\x10\x45xchangeResponse\x12-\n\x08\x61\x63\x63\x65pted\x18\x01 \x03(\x0b\x32\x1b.kvmesh.v1.ExchangeAccepted\x12,\n\x08prefills\x18\x02 \x03(\x0b\x32\x1a.kvmesh.v1.ExchangePrefill\x12\x12\n\nstream_ids\x18\x03 \x03(\x04\x12\x0e\n\x06\x63ounts\x18\x04 \x03(\r\x12\x11\n\ttoken_ids\x18\x05 \x03(\r\x12\r\n\x05words\x18\x06 \x03(\t\x12-\n\x08\x66inished\x18\x07 \x03(\x0b\x32\x1b.kvmesh.v1.ExchangeFinished\x12)\n\x06\x66\x61iled\x18\x08 \x03(\x0b\x32\x19.kvmesh.v1.ExchangeFailed\x12-\n\x08logprobs\x18\t \x03(\x0b\x32\x1b.kvmesh.v1.ExchangeLogprobs\"O\n\x10\x45xchangeLogprobs\x12\x11\n\tstream_id\x18\x01 \x01(\x04\x12(\n\x06tokens\x18\x02 \x03(\x0b\x32\x18.kvmesh.v1.TokenLogprobs\"<\n\x10\x45xchangeAccepted\x12\x11\n\tstream_id\x18\x01 \x01(\x04\x12\x15\n\rload_sequence\x18\x02 \x01(\x06\"s\n\x0f\x45xchangePrefill\x12\x11\n\tstream_id\x18\x01 \x01(\x04\x12,\n\x08\x64\x65\x63ision\x18\x02 \x01(\x0b\x32\x1a.kvmesh.v1.PrefillDecision\x12\x1f\n\x05usage\x18\x03 \x01(\x0b\x32\x10.kvmesh.v1.Usage\"L\n\x10\x45xchangeFinished\x12\x11\n\tstream_id\x18\x01 \x01(\x04\x12%\n\x08\x66inished\x18\x02 \x01(\x0b\x32\x13.kvmesh.v1.Finished\"Y\n\x0e\x45xchangeFailed\x12\x11\n\tstream_id\x18\x01 \x01(\x04\x12\"\n\x06status\x18\x02 \x01(\x0b\x32\x12.google.rpc.Status\x12\x10\n\x08rejected\x18\x03 \x01(\x08\x32\xb6\x01\n\x0c\x44\x65\x63odeWorker\x12]\n\x08Generate\x12&.kvmesh.v1.DecodeWorkerGenerateRequest\x1a\'.kvmesh.v1.DecodeWorkerGenerateResponse0\x01\x12G\n\x08\x45xchange\x12\x1a.kvmesh.v1.ExchangeRequest\x1a\x1b.kvmesh.v1.ExchangeResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,33 +35,33 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvmesh.v1.decode_worker_pb2
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_DECODEREQUEST']._serialized_start=130
-  _globals['_DECODEREQUEST']._serialized_end=492
-  _globals['_DECODEWORKERGENERATEREQUEST']._serialized_start=494
-  _globals['_DECODEWORKERGENERATEREQUEST']._serialized_end=566
-  _globals['_DECODEWORKERGENERATERESPONSE']._serialized_start=569
-  _globals['_DECODEWORKERGENERATERESPONSE']._serialized_end=772
-  _globals['_ACCEPTED']._serialized_start=774
-  _globals['_ACCEPTED']._serialized_end=807
-  _globals['_EXCHANGEREQUEST']._serialized_start=810
-  _globals['_EXCHANGEREQUEST']._serialized_end=969
-  _globals['_EXCHANGEOPEN']._serialized_start=971
-  _globals['_EXCHANGEOPEN']._serialized_end=1056
-  _globals['_EXCHANGESUBMIT']._serialized_start=1058
-  _globals['_EXCHANGESUBMIT']._serialized_end=1136
-  _globals['_EXCHANGECANCEL']._serialized_start=1138
-  _globals['_EXCHANGECANCEL']._serialized_end=1173
-  _globals['_EXCHANGERESPONSE']._serialized_start=1176
-  _globals['_EXCHANGERESPONSE']._serialized_end=1494
-  _globals['_EXCHANGELOGPROBS']._serialized_start=1496
-  _globals['_EXCHANGELOGPROBS']._serialized_end=1575
-  _globals['_EXCHANGEACCEPTED']._serialized_start=1577
-  _globals['_EXCHANGEACCEPTED']._serialized_end=1637
-  _globals['_EXCHANGEPREFILL']._serialized_start=1639
-  _globals['_EXCHANGEPREFILL']._serialized_end=1754
-  _globals['_EXCHANGEFINISHED']._serialized_start=1756
-  _globals['_EXCHANGEFINISHED']._serialized_end=1832
-  _globals['_EXCHANGEFAILED']._serialized_start=1834
-  _globals['_EXCHANGEFAILED']._serialized_end=1923
-  _globals['_DECODEWORKER']._serialized_start=1926
-  _globals['_DECODEWORKER']._serialized_end=2108
+  _globals['_DECODEREQUEST']._serialized_end=520
+  _globals['_DECODEWORKERGENERATEREQUEST']._serialized_start=522
+  _globals['_DECODEWORKERGENERATEREQUEST']._serialized_end=594
+  _globals['_DECODEWORKERGENERATERESPONSE']._serialized_start=597
+  _globals['_DECODEWORKERGENERATERESPONSE']._serialized_end=800
+  _globals['_ACCEPTED']._serialized_start=802
+  _globals['_ACCEPTED']._serialized_end=835
+  _globals['_EXCHANGEREQUEST']._serialized_start=838
+  _globals['_EXCHANGEREQUEST']._serialized_end=997
+  _globals['_EXCHANGEOPEN']._serialized_start=999
+  _globals['_EXCHANGEOPEN']._serialized_end=1084
+  _globals['_EXCHANGESUBMIT']._serialized_start=1086
+  _globals['_EXCHANGESUBMIT']._serialized_end=1164
+  _globals['_EXCHANGECANCEL']._serialized_start=1166
+  _globals['_EXCHANGECANCEL']._serialized_end=1201
+  _globals['_EXCHANGERESPONSE']._serialized_start=1204
+  _globals['_EXCHANGERESPONSE']._serialized_end=1522
+  _globals['_EXCHANGELOGPROBS']._serialized_start=1524
+  _globals['_EXCHANGELOGPROBS']._serialized_end=1603
+  _globals['_EXCHANGEACCEPTED']._serialized_start=1605
+  _globals['_EXCHANGEACCEPTED']._serialized_end=1665
+  _globals['_EXCHANGEPREFILL']._serialized_start=1667
+  _globals['_EXCHANGEPREFILL']._serialized_end=1782
+  _globals['_EXCHANGEFINISHED']._serialized_start=1784
+  _globals['_EXCHANGEFINISHED']._serialized_end=1860
+  _globals['_EXCHANGEFAILED']._serialized_start=1862
+  _globals['_EXCHANGEFAILED']._serialized_end=1951
+  _globals['_DECODEWORKER']._serialized_start=1954
+  _globals['_DECODEWORKER']._serialized_end=2136
 # @@protoc_insertion_point(module_scope)

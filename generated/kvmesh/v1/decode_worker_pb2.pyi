@@ -40,6 +40,7 @@ class DecodeRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     LORA_FIELD_NUMBER: _builtins.int
     CACHE_NAMESPACE_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The mesh's id of the request. Required."""
     attempt: _builtins.int
@@ -60,6 +61,10 @@ class DecodeRequest(_message.Message):
     """LoRA adapter; part of the identity of blocks."""
     cache_namespace: _builtins.str
     """Separates the caches of tenants; part of the identity of blocks."""
+    rank: _builtins.int
+    """The data-parallel rank that the router booked; unset = whichever the worker chooses. INVALID_FIELD for one that the
+    worker has not.
+    """
     @_builtins.property
     def token_ids(self) -> _generation_pb2.TokenIds:
         """For workers that accept TOKENS."""
@@ -88,17 +93,22 @@ class DecodeRequest(_message.Message):
         priority: _builtins.int | None = ...,
         lora: _builtins.str = ...,
         cache_namespace: _builtins.str = ...,
+        rank: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_priority", b"_priority", "input", b"input", "priority", b"priority", "sampling", b"sampling", "text", b"text", "timeout", b"timeout", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_priority", b"_priority", "_rank", b"_rank", "input", b"input", "priority", b"priority", "rank", b"rank", "sampling", b"sampling", "text", b"text", "timeout", b"timeout", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_priority", b"_priority", "attempt", b"attempt", "cache_namespace", b"cache_namespace", "input", b"input", "lora", b"lora", "model", b"model", "priority", b"priority", "request_id", b"request_id", "reservation_id", b"reservation_id", "router_id", b"router_id", "sampling", b"sampling", "text", b"text", "timeout", b"timeout", "token_ids", b"token_ids", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_priority", b"_priority", "_rank", b"_rank", "attempt", b"attempt", "cache_namespace", b"cache_namespace", "input", b"input", "lora", b"lora", "model", b"model", "priority", b"priority", "rank", b"rank", "request_id", b"request_id", "reservation_id", b"reservation_id", "router_id", b"router_id", "sampling", b"sampling", "text", b"text", "timeout", b"timeout", "token_ids", b"token_ids", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__priority: _TypeAlias = _typing.Literal["priority"]  # noqa: Y015
     _WhichOneofArgType__priority: _TypeAlias = _typing.Literal["_priority", b"_priority"]  # noqa: Y015
+    _WhichOneofReturnType__rank: _TypeAlias = _typing.Literal["rank"]  # noqa: Y015
+    _WhichOneofArgType__rank: _TypeAlias = _typing.Literal["_rank", b"_rank"]  # noqa: Y015
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["text", "token_ids"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__priority) -> _WhichOneofReturnType__priority | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rank) -> _WhichOneofReturnType__rank | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_input) -> _WhichOneofReturnType_input | None: ...
 

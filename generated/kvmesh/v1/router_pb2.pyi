@@ -162,7 +162,7 @@ class SelectRequest(_message.Message):
     QUERY_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def query(self) -> Global___RoutingQuery:
-        """What to route."""
+        """What to route. Required."""
 
     def __init__(
         self,
@@ -265,7 +265,7 @@ class ReserveRequest(_message.Message):
     """Also return the explanation."""
     @_builtins.property
     def query(self) -> Global___RoutingQuery:
-        """What to route."""
+        """What to route. Required."""
 
     def __init__(
         self,
@@ -491,7 +491,7 @@ class ExplainRequest(_message.Message):
     QUERY_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def query(self) -> Global___RoutingQuery:
-        """What to route."""
+        """What to route. Required."""
 
     def __init__(
         self,
@@ -946,7 +946,7 @@ class GetPotentialLoadsRequest(_message.Message):
     QUERY_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def query(self) -> Global___RoutingQuery:
-        """What would be added."""
+        """What would be added. Required."""
 
     def __init__(
         self,
@@ -1028,7 +1028,7 @@ class GetOverlapsRequest(_message.Message):
     QUERY_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def query(self) -> Global___RoutingQuery:
-        """The prompt."""
+        """The prompt. Required."""
 
     def __init__(
         self,

@@ -27,7 +27,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from kvmesh.v1 import generation_pb2 as kvmesh_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ekvmesh/v1/worker_control.proto\x12\tkvmesh.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1akvmesh/v1/generation.proto\"M\n\x0c\x44rainRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12*\n\x07timeout\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"4\n\rDrainResponse\x12\x10\n\x08\x66inished\x18\x01 \x01(\r\x12\x11\n\tcancelled\x18\x02 \x01(\r\"#\n\x0eGetInfoRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"\xf8\x02\n\x0fGetInfoResponse\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x06\x12\x0c\n\x04role\x18\x03 \x01(\t\x12\x0e\n\x06models\x18\x04 \x03(\t\x12\x0e\n\x06\x65ngine\x18\x05 \x01(\t\x12#\n\x06layout\x18\x06 \x01(\x0b\x32\x13.kvmesh.v1.KvLayout\x12\x13\n\x0bused_blocks\x18\x07 \x01(\x04\x12\x14\n\x0ctotal_blocks\x18\x08 \x01(\x04\x12\x0c\n\x04pins\x18\t \x01(\r\x12\x0f\n\x07imports\x18\n \x01(\r\x12\x10\n\x08requests\x18\x0b \x01(\r\x12:\n\x08\x63ounters\x18\x0c \x03(\x0b\x32(.kvmesh.v1.GetInfoResponse.CountersEntry\x12\x10\n\x08\x64raining\x18\r \x01(\x08\x12\x15\n\rcached_blocks\x18\x0e \x01(\x04\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x32\xe8\x01\n\rWorkerControl\x12l\n\x05\x44rain\x12\x17.kvmesh.v1.DrainRequest\x1a\x18.kvmesh.v1.DrainResponse\"0\x82\xd3\xe4\x93\x02*\"%/mesh/v1/workers/{worker_id=**}:drain:\x01*\x12i\n\x07GetInfo\x12\x19.kvmesh.v1.GetInfoRequest\x1a\x1a.kvmesh.v1.GetInfoResponse\"\'\x82\xd3\xe4\x93\x02!\x12\x1f/mesh/v1/workers/{worker_id=**}b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ekvmesh/v1/worker_control.proto\x12\tkvmesh.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1akvmesh/v1/generation.proto\"M\n\x0c\x44rainRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12*\n\x07timeout\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"4\n\rDrainResponse\x12\x10\n\x08\x66inished\x18\x01 \x01(\r\x12\x11\n\tcancelled\x18\x02 \x01(\r\"#\n\x0eUndrainRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"\'\n\x0fUndrainResponse\x12\x14\n\x0cwas_draining\x18\x01 \x01(\x08\"#\n\x0eGetInfoRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"\xf8\x02\n\x0fGetInfoResponse\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x06\x12\x0c\n\x04role\x18\x03 \x01(\t\x12\x0e\n\x06models\x18\x04 \x03(\t\x12\x0e\n\x06\x65ngine\x18\x05 \x01(\t\x12#\n\x06layout\x18\x06 \x01(\x0b\x32\x13.kvmesh.v1.KvLayout\x12\x13\n\x0bused_blocks\x18\x07 \x01(\x04\x12\x14\n\x0ctotal_blocks\x18\x08 \x01(\x04\x12\x0c\n\x04pins\x18\t \x01(\r\x12\x0f\n\x07imports\x18\n \x01(\r\x12\x10\n\x08requests\x18\x0b \x01(\r\x12:\n\x08\x63ounters\x18\x0c \x03(\x0b\x32(.kvmesh.v1.GetInfoResponse.CountersEntry\x12\x10\n\x08\x64raining\x18\r \x01(\x08\x12\x15\n\rcached_blocks\x18\x0e \x01(\x04\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x32\xde\x02\n\rWorkerControl\x12l\n\x05\x44rain\x12\x17.kvmesh.v1.DrainRequest\x1a\x18.kvmesh.v1.DrainResponse\"0\x82\xd3\xe4\x93\x02*\"%/mesh/v1/workers/{worker_id=**}:drain:\x01*\x12t\n\x07Undrain\x12\x19.kvmesh.v1.UndrainRequest\x1a\x1a.kvmesh.v1.UndrainResponse\"2\x82\xd3\xe4\x93\x02,\"\'/mesh/v1/workers/{worker_id=**}:undrain:\x01*\x12i\n\x07GetInfo\x12\x19.kvmesh.v1.GetInfoRequest\x1a\x1a.kvmesh.v1.GetInfoResponse\"\'\x82\xd3\xe4\x93\x02!\x12\x1f/mesh/v1/workers/{worker_id=**}b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,18 +38,24 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETINFORESPONSE_COUNTERSENTRY']._serialized_options = b'8\001'
   _globals['_WORKERCONTROL'].methods_by_name['Drain']._loaded_options = None
   _globals['_WORKERCONTROL'].methods_by_name['Drain']._serialized_options = b'\202\323\344\223\002*\"%/mesh/v1/workers/{worker_id=**}:drain:\001*'
+  _globals['_WORKERCONTROL'].methods_by_name['Undrain']._loaded_options = None
+  _globals['_WORKERCONTROL'].methods_by_name['Undrain']._serialized_options = b'\202\323\344\223\002,\"\'/mesh/v1/workers/{worker_id=**}:undrain:\001*'
   _globals['_WORKERCONTROL'].methods_by_name['GetInfo']._loaded_options = None
   _globals['_WORKERCONTROL'].methods_by_name['GetInfo']._serialized_options = b'\202\323\344\223\002!\022\037/mesh/v1/workers/{worker_id=**}'
   _globals['_DRAINREQUEST']._serialized_start=135
   _globals['_DRAINREQUEST']._serialized_end=212
   _globals['_DRAINRESPONSE']._serialized_start=214
   _globals['_DRAINRESPONSE']._serialized_end=266
-  _globals['_GETINFOREQUEST']._serialized_start=268
-  _globals['_GETINFOREQUEST']._serialized_end=303
-  _globals['_GETINFORESPONSE']._serialized_start=306
-  _globals['_GETINFORESPONSE']._serialized_end=682
-  _globals['_GETINFORESPONSE_COUNTERSENTRY']._serialized_start=635
-  _globals['_GETINFORESPONSE_COUNTERSENTRY']._serialized_end=682
-  _globals['_WORKERCONTROL']._serialized_start=685
-  _globals['_WORKERCONTROL']._serialized_end=917
+  _globals['_UNDRAINREQUEST']._serialized_start=268
+  _globals['_UNDRAINREQUEST']._serialized_end=303
+  _globals['_UNDRAINRESPONSE']._serialized_start=305
+  _globals['_UNDRAINRESPONSE']._serialized_end=344
+  _globals['_GETINFOREQUEST']._serialized_start=346
+  _globals['_GETINFOREQUEST']._serialized_end=381
+  _globals['_GETINFORESPONSE']._serialized_start=384
+  _globals['_GETINFORESPONSE']._serialized_end=760
+  _globals['_GETINFORESPONSE_COUNTERSENTRY']._serialized_start=713
+  _globals['_GETINFORESPONSE_COUNTERSENTRY']._serialized_end=760
+  _globals['_WORKERCONTROL']._serialized_start=763
+  _globals['_WORKERCONTROL']._serialized_end=1113
 # @@protoc_insertion_point(module_scope)

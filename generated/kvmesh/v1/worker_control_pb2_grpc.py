@@ -40,6 +40,11 @@ class WorkerControlStub(object):
                 request_serializer=kvmesh_dot_v1_dot_worker__control__pb2.DrainRequest.SerializeToString,
                 response_deserializer=kvmesh_dot_v1_dot_worker__control__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.Undrain = channel.unary_unary(
+                '/kvmesh.v1.WorkerControl/Undrain',
+                request_serializer=kvmesh_dot_v1_dot_worker__control__pb2.UndrainRequest.SerializeToString,
+                response_deserializer=kvmesh_dot_v1_dot_worker__control__pb2.UndrainResponse.FromString,
+                _registered_method=True)
         self.GetInfo = channel.unary_unary(
                 '/kvmesh.v1.WorkerControl/GetInfo',
                 request_serializer=kvmesh_dot_v1_dot_worker__control__pb2.GetInfoRequest.SerializeToString,
@@ -54,6 +59,14 @@ class WorkerControlServicer(object):
     def Drain(self, request, context):
         """Take nothing new, finish what runs, cancel the rest when the time is up. Answers when empty. Idempotent. Errors as
         GetInfo, and INVALID_FIELD for a time below 0 or above a day.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Undrain(self, request, context):
+        """Take new work again after a Drain that was not meant; what the Drain cancelled stays cancelled, and one that still
+        waits ends with CANCELLED. Idempotent. Errors as GetInfo, and DRAINING for a worker that is on its way out.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -74,6 +87,11 @@ def add_WorkerControlServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=kvmesh_dot_v1_dot_worker__control__pb2.DrainRequest.FromString,
                     response_serializer=kvmesh_dot_v1_dot_worker__control__pb2.DrainResponse.SerializeToString,
+            ),
+            'Undrain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Undrain,
+                    request_deserializer=kvmesh_dot_v1_dot_worker__control__pb2.UndrainRequest.FromString,
+                    response_serializer=kvmesh_dot_v1_dot_worker__control__pb2.UndrainResponse.SerializeToString,
             ),
             'GetInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetInfo,
@@ -109,6 +127,33 @@ class WorkerControl(object):
             '/kvmesh.v1.WorkerControl/Drain',
             kvmesh_dot_v1_dot_worker__control__pb2.DrainRequest.SerializeToString,
             kvmesh_dot_v1_dot_worker__control__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Undrain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvmesh.v1.WorkerControl/Undrain',
+            kvmesh_dot_v1_dot_worker__control__pb2.UndrainRequest.SerializeToString,
+            kvmesh_dot_v1_dot_worker__control__pb2.UndrainResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,6 +37,10 @@ class WorkerControlStub:
     """Take nothing new, finish what runs, cancel the rest when the time is up. Answers when empty. Idempotent. Errors as
     GetInfo, and INVALID_FIELD for a time below 0 or above a day.
     """
+    Undrain: _grpc.UnaryUnaryMultiCallable[_worker_control_pb2.UndrainRequest, _worker_control_pb2.UndrainResponse]
+    """Take new work again after a Drain that was not meant; what the Drain cancelled stays cancelled, and one that still
+    waits ends with CANCELLED. Idempotent. Errors as GetInfo, and DRAINING for a worker that is on its way out.
+    """
     GetInfo: _grpc.UnaryUnaryMultiCallable[_worker_control_pb2.GetInfoRequest, _worker_control_pb2.GetInfoResponse]
     """What the worker is and does. Idempotent. NOT_FOUND for another worker than the one that is asked; at a frontend for
     one that it does not know, and INVALID_FIELD where none is named.
@@ -50,6 +54,10 @@ class WorkerControlAsyncStub(WorkerControlStub):
     Drain: _aio.UnaryUnaryMultiCallable[_worker_control_pb2.DrainRequest, _worker_control_pb2.DrainResponse]  # type: ignore[assignment]
     """Take nothing new, finish what runs, cancel the rest when the time is up. Answers when empty. Idempotent. Errors as
     GetInfo, and INVALID_FIELD for a time below 0 or above a day.
+    """
+    Undrain: _aio.UnaryUnaryMultiCallable[_worker_control_pb2.UndrainRequest, _worker_control_pb2.UndrainResponse]  # type: ignore[assignment]
+    """Take new work again after a Drain that was not meant; what the Drain cancelled stays cancelled, and one that still
+    waits ends with CANCELLED. Idempotent. Errors as GetInfo, and DRAINING for a worker that is on its way out.
     """
     GetInfo: _aio.UnaryUnaryMultiCallable[_worker_control_pb2.GetInfoRequest, _worker_control_pb2.GetInfoResponse]  # type: ignore[assignment]
     """What the worker is and does. Idempotent. NOT_FOUND for another worker than the one that is asked; at a frontend for
@@ -67,6 +75,16 @@ class WorkerControlServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_worker_control_pb2.DrainResponse, _abc.Awaitable[_worker_control_pb2.DrainResponse]]:
         """Take nothing new, finish what runs, cancel the rest when the time is up. Answers when empty. Idempotent. Errors as
         GetInfo, and INVALID_FIELD for a time below 0 or above a day.
+        """
+
+    @_abc_1.abstractmethod
+    def Undrain(
+        self,
+        request: _worker_control_pb2.UndrainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_control_pb2.UndrainResponse, _abc.Awaitable[_worker_control_pb2.UndrainResponse]]:
+        """Take new work again after a Drain that was not meant; what the Drain cancelled stays cancelled, and one that still
+        waits ends with CANCELLED. Idempotent. Errors as GetInfo, and DRAINING for a worker that is on its way out.
         """
 
     @_abc_1.abstractmethod

@@ -1,4 +1,4 @@
-"""`kvmesh drain`: empty one worker."""
+"""`kvmesh drain` and `kvmesh undrain`: empty one worker, and have it work again."""
 
 from typing import Annotated
 
@@ -10,8 +10,11 @@ _ANSWER_MARGIN_S = 10.0
 """Beyond the drain's own time, for the gateway and the worker to answer."""
 
 
+WorkerId = Annotated[str, typer.Argument(metavar="WORKER_ID", help="As `kvmesh status` shows it.")]
+
+
 def drain(
-    worker_id: Annotated[str, typer.Argument(metavar="WORKER_ID", help="As `kvmesh status` shows it.")],
+    worker_id: WorkerId,
     timeout: Annotated[
         float,
         typer.Option(
@@ -34,3 +37,14 @@ def drain(
         typer.echo(f"{worker_id} was drained already")
         return
     typer.echo(f"{worker_id} is drained: {answer.finished} finished, {answer.cancelled} cancelled")
+
+
+def undrain(worker_id: WorkerId, target: Target = DEFAULT_TARGET) -> None:
+    """Have a drained worker take new work again; a drain that still waits ends, and cancels nothing more."""
+    from kvmesh.cli.calls import open_channel
+    from kvmesh.v1 import worker_control_pb2, worker_control_pb2_grpc
+
+    with open_channel(target) as channel:
+        stub = worker_control_pb2_grpc.WorkerControlStub(channel)
+        answer = stub.Undrain(worker_control_pb2.UndrainRequest(worker_id=worker_id), timeout=_ANSWER_MARGIN_S)
+    typer.echo(f"{worker_id} takes new work" + ("" if answer.was_draining else ": it did not drain"))

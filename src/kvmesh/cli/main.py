@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from kvmesh.cli.config import show_config
-from kvmesh.cli.drain import drain
+from kvmesh.cli.drain import drain, undrain
 from kvmesh.cli.explain import explain
 from kvmesh.cli.generate import generate
 from kvmesh.cli.model import make_tiny
@@ -60,6 +60,7 @@ app.command(
     epilog=examples("kvmesh probe 127.0.0.1:50051", "kvmesh probe 127.0.0.1:50051 --service kvmesh.v1.Frontend")
 )(probe)
 app.command(epilog=examples("kvmesh drain NODE1/decode/1", "kvmesh drain NODE1/decode/1 --timeout 5"))(drain)
+app.command(epilog=examples("kvmesh undrain NODE1/decode/1"))(undrain)
 app.command(
     epilog=examples("kvmesh replay conversation_trace.jsonl", "kvmesh replay trace.jsonl --limit 1000 --speed 5 --json")
 )(replay)

@@ -11,12 +11,12 @@ from kvmesh.core.errors import FixRequestError, MeshError, Reason
 if TYPE_CHECKING:
     from kvmesh.cli.foreground import ForegroundRole
     from kvmesh.runtime.component_config import ServiceConfig
-    from kvmesh.runtime.settings import Settings
+    from kvmesh.runtime.settings import LoadedSettings, Settings
 
 
 def serve_components(
     target: str,
-    settings: "Settings",
+    loaded: "LoadedSettings[Settings]",
     *,
     file: Path | None,
     told: Sequence[str],
@@ -31,6 +31,7 @@ def serve_components(
     from kvmesh.runtime.component_config import read_config
     from kvmesh.runtime.component_loading import load_graph
 
+    settings = loaded.settings
     set_up_log(settings.log)
     services = read_config(load_graph(target), file=file, flags=told)
     flags = (*(("--file", str(file)) if file is not None else ()), *(part for flag in told for part in ("--set", flag)))

@@ -5,14 +5,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from kvmesh.cli import mesh_flags
+from kvmesh.cli import mesh_flags, simulate_options
 from kvmesh.cli.given_settings import given_settings
 from kvmesh.cli.options import CommandFailed
 from kvmesh.cli.running import policy_options
+from kvmesh.cli.simulate_options import DEFAULT_POLICIES, UNBOUNDED
 from kvmesh.simulate.options import CostModel, Order
 
 if TYPE_CHECKING:
@@ -24,60 +25,23 @@ if TYPE_CHECKING:
     from kvmesh.simulate.prompts import TraceBlocks
     from kvmesh.simulate.result import PolicyResult, Spread
 
-_UNBOUNDED = "unbounded"
-_DEFAULT_POLICIES = ("round_robin", "kv_aware", "least_work")
-
 
 def simulate(
-    trace: Annotated[
-        Path,
-        typer.Argument(
-            metavar="TRACE",
-            help="Mooncake format: a JSON object per line with timestamp (ms), input_length, output_length, hash_ids.",
-            exists=True,
-            dir_okay=False,
-            readable=True,
-        ),
-    ],
-    workers: Annotated[int, typer.Option("--workers", metavar="N", min=1, help="Decode workers.")] = 4,
-    prefill: Annotated[
-        int, typer.Option("--prefill", metavar="N", min=0, help="Prefill workers, fed by the prefill queue.")
-    ] = 0,
-    blocks: Annotated[str, typer.Option("--blocks", metavar="N|unbounded", help="KV blocks of each worker.")] = "16384",
-    block_size: Annotated[
-        int, typer.Option("--block-size", metavar="TOKENS", min=1, help="Tokens in a block; it divides 512.")
-    ] = 64,
-    speed: Annotated[
-        float, typer.Option("--speed", metavar="X", min=0.001, help="Divides the times between requests.")
-    ] = 1.0,
-    order: Annotated[
-        Order, typer.Option("--order", help="time: at their times; file: each ends before the next, no queueing.")
-    ] = Order.TIME,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of what the policies draw.")] = 0,
-    policy: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--policy",
-            metavar="P",
-            help=f"A name, or MODULE:CLASS; may be repeated. default: {' '.join(_DEFAULT_POLICIES)}",
-        ),
-    ] = None,
-    policy_option: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--policy-option", metavar="KEY=VALUE", help="One option, for the policies that have it; may be repeated."
-        ),
-    ] = None,
+    trace: simulate_options.Trace,
+    workers: simulate_options.Workers = 4,
+    prefill: simulate_options.PrefillWorkers = 0,
+    blocks: simulate_options.Blocks = "16384",
+    block_size: simulate_options.BlockSize = 64,
+    speed: simulate_options.Speed = 1.0,
+    order: simulate_options.RequestOrder = Order.TIME,
+    seed: simulate_options.Seed = 0,
+    policy: simulate_options.Policies = None,
+    policy_option: simulate_options.PolicyOptions = None,
     config: mesh_flags.Config = None,
-    limit: Annotated[int | None, typer.Option("--limit", metavar="N", min=1, help="Only the first N requests.")] = None,
-    cost: Annotated[
-        CostModel, typer.Option("--cost", help="Step times: curved compares with other simulators; linear: our engine.")
-    ] = CostModel.CURVED,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    plot: Annotated[
-        Path | None,
-        typer.Option("--plot", metavar="FILE", help="Draw the distributions, load and hit rate (png, svg)."),
-    ] = None,
+    limit: simulate_options.Limit = None,
+    cost: simulate_options.Cost = CostModel.CURVED,
+    as_json: simulate_options.AsJson = False,
+    plot: simulate_options.Plot = None,
 ) -> None:
     """Play a trace to simulated workers in virtual time: what each routing policy makes of it, and how long it takes.
 
@@ -108,16 +72,20 @@ def simulate(
     except FixRequestError as exc:
         raise CommandFailed(exc.message, exit_code=2) from exc
     _warn_of_fallbacks(results)
+    _print(results, as_json=as_json)
+    if plot is not None:
+        from kvmesh.simulate.plot import draw
+
+        draw(results, plot)
+
+
+def _print(results: "Sequence[PolicyResult]", *, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps([_figures(result) for result in results], indent=2))
     else:
         from kvmesh.cli.console import output_console
 
         output_console().print(result_table(results))
-    if plot is not None:
-        from kvmesh.simulate.plot import draw
-
-        draw(results, plot)
 
 
 def _policies(names: "Sequence[str] | None", loaded: "LoadedSettings[Settings]") -> "list[Policy]":
@@ -127,7 +95,7 @@ def _policies(names: "Sequence[str] | None", loaded: "LoadedSettings[Settings]")
 
     settings = loaded.settings.router
     if not names:
-        names = _DEFAULT_POLICIES if loaded.origins["router.policy"] == "default" else [settings.policy]
+        names = DEFAULT_POLICIES if loaded.origins["router.policy"] == "default" else [settings.policy]
     policies = load_policies(settings, names)
     for policy in policies:
         if reads_prompts(policy):
@@ -138,11 +106,11 @@ def _policies(names: "Sequence[str] | None", loaded: "LoadedSettings[Settings]")
 
 
 def _total_blocks(text: str) -> int | None:
-    if text == _UNBOUNDED:
+    if text == UNBOUNDED:
         return None
     if not text.isdecimal() or not int(text):
         raise typer.BadParameter(
-            f"{text!r} is no number of blocks, 1 or more, nor {_UNBOUNDED!r}", param_hint="--blocks"
+            f"{text!r} is no number of blocks, 1 or more, nor {UNBOUNDED!r}", param_hint="--blocks"
         )
     return int(text)
 

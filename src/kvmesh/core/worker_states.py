@@ -1,7 +1,7 @@
 """What a router knows of its workers: who is there, what each has cached, what each carries.
 
     discovery     -> put_worker, remove_worker
-    WatchKvEvents -> apply_kv_*, reset_worker_index, degrade_worker_index
+    WatchKvEvents -> apply_kv_*, reset_worker_index, degrade_worker_index, trust_worker_index
     WatchLoad     -> apply_load
 
 Laws:
@@ -131,17 +131,25 @@ class WorkerStates:
 
     def reset_worker_index(self, worker: WorkerRank, epoch: Epoch, *, now: float) -> bool:
         """Empty a rank's part of the index before a snapshot, no longer degraded; False if it is not live."""
-        if not self.apply_kv_cleared(worker, epoch, now=now):
+        return self.apply_kv_cleared(worker, epoch, now=now) and self.trust_worker_index(worker, epoch)
+
+    def trust_worker_index(self, worker: WorkerRank, epoch: Epoch) -> bool:
+        """Count a rank's overlap again: its snapshot is whole. False if it is not live."""
+        if not self._roster.is_live(worker, epoch):
             return False
         self._fields.trust([worker])
         return True
 
     def degrade_worker_index(self, worker: WorkerRank, epoch: Epoch) -> bool:
-        """Count a rank's overlap as 0 until its index is reset: it missed events. False if it is not live."""
+        """Count a rank's overlap as 0 until its index is reset or trusted: it is incomplete. False if not live."""
         if not self._roster.is_live(worker, epoch):
             return False
         self._fields.degrade(worker)
         return True
+
+    def is_index_incomplete(self, worker: WorkerRank) -> bool:
+        """Tell whether the index had no room for something of a rank since it was last cleared."""
+        return self._event_index is not None and self._event_index.is_incomplete(worker)
 
     def apply_load(self, worker: WorkerRank, report: LoadReport, *, now: float) -> ReportResult:
         """Take a load report in; the bookings that it ends are returned."""

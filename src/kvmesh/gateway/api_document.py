@@ -108,7 +108,9 @@ def _operation(rule: HttpRule, schemas: Schemas, texts: Mapping[str, str]) -> Sc
     if rule.body:
         body = field_at(rule.method.input_type, rule.body)
         schema = schemas.of_message(rule.method.input_type) if body is None else schemas.of_field(body)
-        operation["requestBody"] = {"content": {"application/json": {"schema": schema}}}
+        is_required = schemas.has_required(rule.method.input_type) if body is None else schemas.is_required(body)
+        content = {"content": {"application/json": {"schema": schema}}}
+        operation["requestBody"] = {**content, "required": True} if is_required else content
     return operation
 
 
@@ -157,7 +159,8 @@ def _query_parameters(rule: HttpRule, schemas: Schemas) -> Iterator[Schema]:
             continue
         schema = schemas.of_field(field)
         text = schema.pop("description", "")
-        yield {"name": name, "in": "query", "description": text, "schema": schema}
+        required = {"required": True} if "." not in name and schemas.is_required(field) else {}
+        yield {"name": name, "in": "query", "description": text, "schema": schema, **required}
 
 
 def _leaves(message: Descriptor, prefix: str, within: tuple[Descriptor, ...]) -> Iterator[tuple[str, FieldDescriptor]]:

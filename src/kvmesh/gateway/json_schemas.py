@@ -1,5 +1,6 @@
 """JSON Schema (2020-12, as OpenAPI 3.1 has it) of protobuf messages in the form in which REST routes write them."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,6 +43,8 @@ _WELL_KNOWN: dict[str, Schema] = {
     "UInt64Value": {**_SCALARS[_CPP.CPPTYPE_UINT64], "type": ["string", "null"]},
     "Value": {},
 }
+_REQUIRED = re.compile(r"\bRequired(, [^.]+)?\.$")
+"""How the comment of a field ends that every request must have: validation refuses what protobuf cannot."""
 
 
 class Schemas:
@@ -61,6 +64,14 @@ class Schemas:
             self.components[message.full_name] = {}  # a message may hold itself
             self.components[message.full_name] = self._described(self._object(message), message.full_name)
         return {"$ref": _REFERENCE + message.full_name}
+
+    def is_required(self, field: FieldDescriptor) -> bool:
+        """Tell whether the contract's words say that a request without this field is refused."""
+        return _REQUIRED.search(self._comments.get(field.full_name, "")) is not None
+
+    def has_required(self, message: Descriptor) -> bool:
+        """Tell whether any of a message's fields is."""
+        return any(map(self.is_required, message.fields))
 
     def of_field(self, field: FieldDescriptor) -> Schema:
         """Return the schema of what a field holds, its comment included."""
@@ -101,6 +112,8 @@ class Schemas:
             "properties": {field.name: self.of_field(field) for field in message.fields},
             "additionalProperties": False,
         }
+        if self.has_required(message):
+            schema["required"] = [field.name for field in message.fields if self.is_required(field)]
         choices = [_one_at_most(oneof) for oneof in message.oneofs if len(oneof.fields) > 1]
         return {**schema, "allOf": choices} if choices else schema
 

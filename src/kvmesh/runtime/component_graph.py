@@ -84,7 +84,9 @@ class ComponentGraph:
             await self._gateway.wait_routed(role.service_name for role in self.roles)
 
     async def wait_ready(self) -> None:
-        """Return at once: who has started takes requests."""
+        """Wait until every instance can be found; not bounded here."""
+        for role in self.roles:
+            await role.wait_ready()
 
     async def stop(self) -> None:
         """End the instances, who calls before who is called; then the door. Idempotent."""

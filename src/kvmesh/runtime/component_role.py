@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from kvmesh import telemetry
+from kvmesh.core.errors import Reason, TryElsewhereError
 from kvmesh.core.ids import WorkerId
 from kvmesh.core.roster import WorkerRecord, WorkerRole
 from kvmesh.core.waits import Waits
@@ -68,6 +69,8 @@ class ComponentRole:
         self._listen = listen
         self._config = dict(config or {})
         self._is_draining = False
+        self._is_leaving = False
+        """It drains for good."""
         self._server = GrpcServer(client_write_s=waits.client_write_s)
         self._runtime = Runtime(discovery, namespace=namespace, waits=waits)
         self._instance: Any = None
@@ -124,7 +127,9 @@ class ComponentRole:
         )
 
     async def wait_ready(self) -> None:
-        """Return at once: a started instance takes requests."""
+        """Wait until others can find it; not bounded here. Returns at once before `start`."""
+        if self._registration is not None:
+            await self._registration.wait_registered()
 
     async def drain(self, timeout_s: float) -> tuple[int, int]:
         """Take nothing new, wait for what runs; return (finished, 0): what is late ends with the stop. Idempotent."""
@@ -135,6 +140,19 @@ class ComponentRole:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._servicer.wait_idle(), timeout_s)
         return running - self._running, 0
+
+    async def undrain(self) -> bool:
+        """Take requests again; return whether it drained. Idempotent. Raises: TryElsewhereError(DRAINING)."""
+        if self._is_leaving:
+            raise TryElsewhereError(Reason.DRAINING, "this instance is on its way out")
+        was_draining, self._is_draining = self._is_draining, False
+        if was_draining:
+            self._server.health.undrain()
+            if self._publications is not None:
+                self._publications.drain_changed()
+            if self._registration is not None:
+                await self._registration.update(self._record())
+        return was_draining
 
     async def describe(self) -> worker_control_pb2.GetInfoResponse:
         """Return what the instance is and does."""
@@ -149,8 +167,9 @@ class ComponentRole:
 
     async def stop(self) -> None:
         """End gracefully, in bounded time; also after a start that failed. Idempotent."""
+        self._is_leaving = True
         self._begin_drain()
-        await stop_all((self._deregister, self._close_server, self._shut_down, self._runtime.aclose))
+        await stop_all((self._deregister, self._close_server, self._shut_down, self._end_threads, self._runtime.aclose))
 
     @property
     def _running(self) -> int:
@@ -160,7 +179,7 @@ class ComponentRole:
         self._is_draining = True
         self._server.health.drain()
         if self._publications is not None:
-            self._publications.drained()
+            self._publications.drain_changed()
         return self._running
 
     async def _deregister(self) -> None:
@@ -181,6 +200,10 @@ class ComponentRole:
         hooks = reversed(self._definition.hooks["on_shutdown"])
         with placed(self._place):
             await stop_all([partial(self._run_hook, getattr(instance, hook), hook) for hook in hooks])
+
+    async def _end_threads(self) -> None:
+        if self._servicer is not None:
+            self._servicer.close()
 
     async def _run_hook(self, hook: Callable[[], Awaitable[None]], name: str) -> None:
         try:

@@ -107,6 +107,10 @@ class DecodeWork:
         """Take nothing new and end what runs within `timeout_s`; return (finished, cancelled)."""
         return await self._requests.drain(timeout_s)
 
+    def undrain(self) -> None:
+        """Take requests again. Idempotent."""
+        self._requests.undrain()
+
     async def aclose(self) -> None:
         """End what still runs, the exchanges too."""
         if self._lookout is not None:

@@ -87,7 +87,7 @@ class GatewayRole:
         self._doors = doors
         self._waits = waits
         self._channels = Channels()
-        self._peers = Peers(discovery, namespace=namespace)
+        self._peers = Peers(discovery, namespace=namespace, channels=self._channels)
         self._queues = QueueLocator(peers=self._peers, channels=self._channels)
         self._router = router
         self._part: ProcessorPart | None = None

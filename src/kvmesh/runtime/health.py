@@ -27,25 +27,34 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # grpcio-he
 
     def __init__(self) -> None:
         self._statuses: dict[str, int] = {LIVENESS: _Response.SERVING}
+        self._serving: dict[str, bool] = {}
+        """What `set_serving` was told, a drain aside."""
         self._draining = False
         self._closed = False
         self._changed = asyncio.Event()
         """Set at the next change, which then puts a new event here."""
 
     def set_serving(self, service: str, serving: bool) -> None:
-        """Make a service known and tell whether it serves; it stays NOT_SERVING once `drain` was called."""
+        """Make a service known and tell whether it serves; it is NOT_SERVING after `drain`, until `undrain`."""
+        self._serving[service] = serving
         wanted = _Response.SERVING if serving and not self._draining else _Response.NOT_SERVING
         self._statuses[service] = wanted
         self._notify()
 
     def drain(self) -> None:
-        """Report NOT_SERVING for every service but the liveness, for good. Idempotent."""
+        """Report NOT_SERVING for every service but the liveness. Idempotent."""
         self._draining = True
         self._statuses = {
             service: status if service == LIVENESS else _Response.NOT_SERVING
             for service, status in self._statuses.items()
         }
         self._notify()
+
+    def undrain(self) -> None:
+        """Report again what `set_serving` was told. Idempotent."""
+        self._draining = False
+        for service, serving in self._serving.items():
+            self.set_serving(service, serving)
 
     def close(self) -> None:
         """End every watch after its last status. Idempotent."""

@@ -121,8 +121,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     def write_bound_s(self, path: str) -> float | None:
         """Return how long one write of this method's stream may wait for its client; None = without bound."""
-        is_held = _HELD_STREAM.fullmatch(path) is not None or path.rpartition("/")[0] in self._endless
-        return None if is_held else self._client_write_s
+        return None if self.is_held(path) else self._client_write_s
+
+    def is_held(self, path: str) -> bool:
+        """Tell whether this method's stream is of the mesh itself, or endless: nobody's request."""
+        return _HELD_STREAM.fullmatch(path) is not None or path.rpartition("/")[0] in self._endless
 
     def enter(self, service: str) -> None:
         """Take in the call that runs in the current task. Raises: TryElsewhereError(DRAINING) after `end_calls`."""
@@ -155,11 +158,13 @@ class _Call:
         self._parse = handler.request_deserializer or _as_is
         self._serialize = handler.response_serializer or _as_is
         self._write_bound_s = owner.write_bound_s(path)
+        # A stream that a client waits on gets its id ahead; elsewhere it goes with the end, which costs nothing.
+        self._id_goes_ahead = handler.response_streaming and not owner.is_held(path)
         self._started = telemetry.RPC_STARTED.labels(self._service, self._method)
         self._duration = telemetry.RPC_DURATION.labels(self._service, self._method)
 
     async def unary(self, request: bytes, context: Any) -> bytes:
-        async with self._frame(context, is_unary=True) as inner:
+        async with self._frame(context) as inner:
             return self._serialize(await self._behaviour(self._parsed(request), inner))
 
     async def gather(self, requests: AsyncIterator[Any], context: Any) -> bytes:
@@ -186,8 +191,8 @@ class _Call:
             raise FixRequestError(Reason.INVALID_FIELD, f"the request does not parse as {self._path} wants it") from exc
 
     @asynccontextmanager
-    async def _frame(self, context: Any, *, is_unary: bool = False) -> AsyncIterator[Any]:
-        """Surround a call. A stream's id goes ahead of it, while its handler begins; a single answer's goes with it."""
+    async def _frame(self, context: Any) -> AsyncIterator[Any]:
+        """Surround a call."""
         named = _named_request_id(context)
         request_id = named or str(uuid_utils.uuid7())
         structlog.contextvars.bind_contextvars(request_id=request_id, method=self._path, peer=context.peer())
@@ -198,10 +203,10 @@ class _Call:
         code = grpc.StatusCode.OK
         try:
             self._owner.enter(self._service)
-            if is_unary:
-                context.set_trailing_metadata(own)
-            else:
+            if self._id_goes_ahead:
                 inner.begin_metadata(own)
+            else:
+                context.set_trailing_metadata(own)
             yield inner
             await inner.metadata_sent()
         except asyncio.CancelledError as exc:
@@ -210,7 +215,7 @@ class _Call:
                 code = _code_of_departure(context)
                 raise
             code = error_catalog.CATALOG[error.reason].code
-            await _abort(inner, error, own if is_unary else ())
+            await _abort(inner, error, () if self._id_goes_ahead else own)
         except grpc.aio.AbortError:
             code = context.code()
             raise
@@ -220,7 +225,7 @@ class _Call:
         except Exception as exc:
             error = _mesh_error(exc)
             code = error_catalog.CATALOG[error.reason].code
-            await _abort(inner, error, own if is_unary else ())
+            await _abort(inner, error, () if self._id_goes_ahead else own)
         finally:
             self._duration.observe(time.perf_counter() - began)
             telemetry.RPC_FINISHED.labels(self._service, self._method, code.name).inc()

@@ -98,6 +98,12 @@ class PrefillWork:
         counts = await asyncio.gather(self._pull.drain(timeout_s), self._servicer.drain(timeout_s))
         return sum(finished for finished, _ in counts), sum(cancelled for _, cancelled in counts)
 
+    def undrain(self) -> None:
+        """Take tasks again. Idempotent."""
+        self._servicer.undrain()
+        if self._pulls:
+            self._pull.undrain()
+
     async def aclose(self) -> None:
         """Stop pulling; what runs is given up."""
         await self._pull.aclose()

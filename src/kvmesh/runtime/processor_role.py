@@ -107,7 +107,7 @@ class ProcessorRole:
         self._listen = listen
         self._router = router
         self._channels = Channels()
-        self._peers = Peers(discovery, namespace=namespace)
+        self._peers = Peers(discovery, namespace=namespace, channels=self._channels)
         self._part = ProcessorPart(
             router=router,
             peers=self._peers,

@@ -1,7 +1,7 @@
 """A worker of either role: its engine, its server, its record in discovery, and its end.
 
 start:  listen -> register -> begin to work        (nobody hears of a worker that cannot answer)
-drain:  say so in the record, the loads and the health; take nothing new; what runs ends or is cancelled
+drain:  say so in the record, the loads and the health; take nothing new; what runs ends or is cancelled (undrain: back)
 stop:   deregister -> drain -> end the streams -> close the server, then the engine
 """
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from kvmesh import telemetry
+from kvmesh.core.errors import Reason, TryElsewhereError
 from kvmesh.core.ids import WorkerId
 from kvmesh.core.roster import WorkerRecord, WorkerRole
 from kvmesh.core.waits import Waits
@@ -76,6 +77,9 @@ class Work(Protocol):
     async def drain(self, timeout_s: float) -> tuple[int, int]:
         """Take nothing new and end what runs within `timeout_s`; return (finished, cancelled)."""
 
+    def undrain(self) -> None:
+        """Take new work again, after a drain that has ended or was cancelled. Idempotent."""
+
     async def aclose(self) -> None:
         """End what still runs."""
 
@@ -129,6 +133,8 @@ class Worker:
         self._discovery = discovery
         self._waits = waits
         self._is_draining = False
+        self._is_leaving = False
+        """It drains for good: it stops, or its engine has crashed."""
         self._out_of_service = ""
         """Why the engine takes nothing, as it was last told."""
         self._registration: Registration | None = None
@@ -141,7 +147,8 @@ class Worker:
             block_size=max(info.block_size, 1),
             load_source=self._load_view,
         )
-        channels, peers = Channels(), Peers(discovery, namespace=namespace)
+        channels = Channels()
+        peers = Peers(discovery, namespace=namespace, channels=channels)
         sources = WorkerRole.PREFILL if role is WorkerRole.DECODE else WorkerRole.DECODE
         readiness = Readiness(worker_id=worker_id)
         self._parts = WorkerParts(
@@ -222,9 +229,24 @@ class Worker:
                 await self._registration.update(self._record())
         return await self._empty(timeout_s)
 
+    async def undrain(self) -> bool:
+        """Take new work again; return whether it drained. Idempotent. Raises: TryElsewhereError(DRAINING)."""
+        if self._is_leaving:
+            raise TryElsewhereError(Reason.DRAINING, "this worker is on its way out")
+        was_draining, self._is_draining = self._is_draining, False
+        if was_draining:
+            self._work.undrain()
+            self._server.health.undrain()
+            log.info("worker.undrained", worker_id=self.identity.worker_id)
+            self._parts.events.load_changed()
+            if self._registration is not None:
+                await self._registration.update(self._record())
+        return was_draining
+
     async def stop(self) -> None:
         """Deregister, drain with the setting's bound, and close everything."""
         try:
+            self._is_leaving = True
             await self._deregister()
             self._is_draining = True
             self._server.health.drain()
@@ -288,6 +310,7 @@ class Worker:
 
     def _on_crash(self) -> None:
         """Have nothing more sent here: without its engine a worker can only refuse."""
+        self._is_leaving = True
         self._tasks.start(self._retire(), name="retire")
 
     async def _retire(self) -> None:

@@ -1,7 +1,7 @@
 """Client: calls one endpoint of a component, at the instance it is told or at one that it chooses.
 
 An instance that is lost or drains before its first answer is replaced once by another, so a method runs at least once;
-one that could not be reached ran nothing and does not count. After the first answer, and of the method's own errors,
+one that was not connected ran nothing and does not count. After the first answer, and of the method's own errors,
 the caller is told.
 """
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from google.protobuf.descriptor import Descriptor, MethodDescriptor, ServiceDescriptor
 
-from kvmesh.core.errors import FixRequestError, NotKnownError, Reason, TryElsewhereError
+from kvmesh.core.errors import FixRequestError, MeshError, NotKnownError, Reason, TryElsewhereError
 from kvmesh.core.ids import Epoch, WorkerId
 from kvmesh.core.roster import WorkerRecord
 from kvmesh.core.suggestions import suggestion
@@ -30,12 +30,17 @@ if TYPE_CHECKING:
 
 Answers = AsyncGenerator[Any, None]
 _Choose = Callable[[Sequence[WorkerRecord]], WorkerRecord]
+_State = grpc.ChannelConnectivity
 _ATTEMPTS = 2
 _DETAILS = "grpc-status-details-bin"
 """Trailer with the ErrorInfo that every error of a server of ours has; gRPC's own errors have none."""
-_NOT_CONNECTED = ("failed to connect to all addresses", "DNS resolution failed")
-"""How gRPC's text begins where no connection came about: the call was not sent, so nothing ran."""
+_REQUEST_ID_KEY = "x-request-id"
+"""Metadata by which a call is logged under the id of the request in which it is made."""
 _LOOK_AGAIN_S = 0.2
+
+
+class _UnreachedError(Exception):
+    """An instance is not connected: the call was not sent, so nothing ran."""
 
 
 class Client:
@@ -134,14 +139,14 @@ class Client:
                     has_answered = True
                     yield codec.decode(answer)
                 return
-            except grpc.aio.AioRpcError as exc:
-                if has_answered or not _is_gone(exc) or attempts == 1:
-                    raise mesh_error(exc) from exc
-                attempts_sent += not _is_unsent(exc)
+            except (_UnreachedError, grpc.aio.AioRpcError) as exc:
+                if has_answered or attempts == 1 or not _is_gone(exc):
+                    raise _error_of(exc) from exc
+                attempts_sent += not isinstance(exc, _UnreachedError)
                 failed.add((record.worker_id, record.epoch))
                 others = tuple(one for one in self._records() if (one.worker_id, one.epoch) not in failed)
                 if attempts_sent and (attempts_sent >= attempts or not others):
-                    raise mesh_error(exc) from exc
+                    raise _error_of(exc) from exc
                 if not others:
                     others = await self._look_again(wait_until, exc)
                     failed.clear()  # an instance whose machine was away comes back as the same one
@@ -153,11 +158,14 @@ class Client:
         assert method.containing_service is not None
         path = f"/{method.containing_service.full_name}/{method.name}"
         channel = self._runtime.channels.get(record.address)
+        if not await _is_connected(channel, deadline):
+            raise _UnreachedError(f"{record.worker_id} is not reached at {record.address}")
         timeout_s = max(deadline - asyncio.get_running_loop().time(), 0.0)
+        metadata = ((_REQUEST_ID_KEY, context.request_id),) if context.request_id else ()
         if not method.server_streaming:
-            yield await channel.unary_unary(path, _as_is, _as_is)(data, timeout=timeout_s)
+            yield await channel.unary_unary(path, _as_is, _as_is)(data, timeout=timeout_s, metadata=metadata)
             return
-        call = channel.unary_stream(path, _as_is, _as_is)(data, timeout=timeout_s)
+        call = channel.unary_stream(path, _as_is, _as_is)(data, timeout=timeout_s, metadata=metadata)
         try:
             async for answer in call:
                 yield answer
@@ -165,7 +173,7 @@ class Client:
             with suppress(grpc.RpcError):
                 call.cancel()
 
-    async def _look_again(self, until: float, error: grpc.aio.AioRpcError) -> tuple[WorkerRecord, ...]:
+    async def _look_again(self, until: float, error: Exception) -> tuple[WorkerRecord, ...]:
         """Return who is there after a moment, or at the next news. Raises: TryElsewhereError(NO_WORKERS) at `until`."""
         loop = asyncio.get_running_loop()
         while (now := loop.time()) < until:
@@ -175,7 +183,7 @@ class Client:
             if records := self._records():
                 return records
         raise TryElsewhereError(
-            Reason.NO_WORKERS, f"no worker of {self._namespace}/{self._component} can be reached: {error.details()}"
+            Reason.NO_WORKERS, f"no worker of {self._namespace}/{self._component} can be reached: {error}"
         ) from error
 
     def _answers_codec(self, descriptor: Descriptor) -> Codec:
@@ -234,17 +242,31 @@ def _service(text: str) -> ServiceDescriptor:
     return decode_contract(text)[0]
 
 
-def _is_gone(error: grpc.aio.AioRpcError) -> bool:
+def _is_gone(error: _UnreachedError | grpc.aio.AioRpcError) -> bool:
     """Tell whether the instance was not reached, or takes nothing new: an endpoint's own error is its answer."""
+    if isinstance(error, _UnreachedError):
+        return True
     if error.code() is not grpc.StatusCode.UNAVAILABLE:
         return False
     is_from_a_server = any(key == _DETAILS for key, _ in error.trailing_metadata() or ())
     return not is_from_a_server or mesh_error(error).reason is Reason.DRAINING
 
 
-def _is_unsent(error: grpc.aio.AioRpcError) -> bool:
-    """Tell whether gRPC could not connect: where a connection broke, the method may have run."""
-    return (error.details() or "").startswith(_NOT_CONNECTED)
+async def _is_connected(channel: grpc.aio.Channel, deadline: float) -> bool:
+    """Wait until a channel has connected, or failed to; True at the deadline too, at which the call itself ends."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout_at(deadline):
+            while (state := channel.get_state(try_to_connect=True)) is not _State.READY:
+                if state in (_State.TRANSIENT_FAILURE, _State.SHUTDOWN):
+                    return False
+                await channel.wait_for_state_change(state)
+    return True
+
+
+def _error_of(error: _UnreachedError | grpc.aio.AioRpcError) -> MeshError:
+    if isinstance(error, _UnreachedError):
+        return TryElsewhereError(Reason.WORKER_LOST, str(error))
+    return mesh_error(error)
 
 
 def _as_is(data: bytes) -> bytes:

@@ -29,6 +29,8 @@ class Place:
     worker_id: str = ""
     request: Any = None
     """gRPC's context of the running request; None outside of one."""
+    request_id: str = ""
+    """Of the running request; "" outside of one."""
 
 
 _place: ContextVar[Place | None] = ContextVar("kvmesh_place", default=None)
@@ -73,6 +75,12 @@ class Context:
             first = exc.errors(include_url=False, include_input=False)[0]
             key = ".".join(map(str, first["loc"]))
             raise FixRequestError(Reason.INVALID_FIELD, f"{key}: {first['msg']}", field=key) from exc
+
+    @property
+    def request_id(self) -> str:
+        """The id of the running request, as the log and every component it comes to have it; "" outside of one."""
+        place = _place.get()
+        return place.request_id if place is not None else ""
 
     def time_remaining(self) -> float | None:
         """Return the seconds that the caller of the running request still waits; None = it does not say."""

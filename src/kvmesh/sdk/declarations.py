@@ -40,8 +40,8 @@ class UnannotatedResultWarning(UserWarning):
 def endpoint(name: str | None = None) -> Callable[[_Function], _Function]:
     """Declare a method to be an endpoint, called `name` or as the method is.
 
-    It is an async function that takes one annotated request and returns the answer, or an async generator that yields
-    answers. Raises: DeclarationError with the fix.
+    It takes one annotated request: an async function returns the answer, an async generator yields answers. A plain
+    function runs in a thread, and may block. Raises: DeclarationError with the fix.
     """
     if callable(name):
         raise DeclarationError(f"@endpoint on {_name_of(name)}: write @endpoint(), with parentheses")
@@ -52,8 +52,12 @@ def endpoint(name: str | None = None) -> Callable[[_Function], _Function]:
         at = _name_of(function)
         if hasattr(function, _ENDPOINT):
             raise DeclarationError(f"{at} is an endpoint already: remove one of the two @endpoint()")
-        if not (inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)):
-            raise DeclarationError(f"{at} must be async: write `async def {function.__name__}(self, request: ...)`")
+        if not inspect.isfunction(function):
+            raise DeclarationError(f"{at} is no method: put @endpoint() on an `async def` of the class")
+        if inspect.isgeneratorfunction(function):
+            raise DeclarationError(f"{at} yields and must be async: write `async def {function.__name__}(self, ...)`")
+        if not _is_async(function) and _is_async(inspect.unwrap(function)):
+            raise DeclarationError(f"{at} is async, its decorator's wrapper is not: write `async def` there too")
         for taken in sorted(RESERVED_NAMES & {name, function.__name__}):
             raise DeclarationError(f"{at}: {taken!r} asks a dependency for its instances: rename the endpoint")
         _request_parameter(function)
@@ -127,7 +131,7 @@ def _endpoints(cls: type) -> tuple[EndpointDefinition, ...]:
             )
         found[name] = _endpoint(cls, function, name)
     if not found:
-        raise DeclarationError(f"{cls.__name__} has no endpoint: put @endpoint() on an async method")
+        raise DeclarationError(f"{cls.__name__} has no endpoint: put @endpoint() on a method")
     return tuple(found.values())
 
 
@@ -153,10 +157,15 @@ def _endpoint(cls: type, function: Callable[..., Any], name: str) -> EndpointDef
         name=name,
         method=function.__name__,
         is_stream=is_stream,
+        is_blocking=not _is_async(function),
         request_type=request_type,
         response_type=response_type,
         doc=inspect.getdoc(function) or "",
     )
+
+
+def _is_async(function: Callable[..., Any]) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
 
 
 def _response_type(at: str, annotation: Any, *, is_stream: bool) -> Any:

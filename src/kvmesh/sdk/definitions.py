@@ -48,6 +48,8 @@ class EndpointDefinition:
     """As the class calls it."""
     is_stream: bool
     """It yields answers."""
+    is_blocking: bool
+    """It is a plain function, which runs in a thread."""
     request_type: Any
     response_type: Any
     """Of one answer; `Unannotated` where the method does not say."""

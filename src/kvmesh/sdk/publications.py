@@ -77,8 +77,8 @@ class Publications:
         if self._events is not None:
             self._events.close()
 
-    def drained(self) -> None:
-        """Tell the watchers that the instance drains."""
+    def drain_changed(self) -> None:
+        """Tell the watchers that the instance drains, or does no more."""
         if self._events is not None:
             self._events.load_changed()
 

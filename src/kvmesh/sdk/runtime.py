@@ -53,7 +53,7 @@ class Runtime:
         self.unreached_door = unreached_door
         self._discovery = discovery
         self._namespace = namespace
-        self._peers = Peers(discovery, namespace=namespace)
+        self._peers = Peers(discovery, namespace=namespace, channels=self.channels)
         self._watches: dict[tuple[str, str], ComponentWatch] = {}
 
     def start(self) -> None:

@@ -3,15 +3,18 @@
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import grpc
+import structlog
 
 from kvmesh.core.errors import Reason, TryElsewhereError
 from kvmesh.sdk.codec import Codec, answer_bytes, codec_of
 from kvmesh.sdk.context import Place, enter
 from kvmesh.sdk.contract import Contract
 from kvmesh.sdk.definitions import EndpointDefinition, ServiceDefinition
+from kvmesh.sdk.endpoint_threads import EndpointThreads
 from kvmesh.services.signal import Signal
 
 
@@ -35,6 +38,7 @@ class ComponentServicer:
         self._contract = contract
         self._place = place
         self._is_draining = is_draining
+        self._threads = EndpointThreads(name=place.worker_id)
 
     @property
     def running(self) -> int:
@@ -45,6 +49,10 @@ class ComponentServicer:
         """Wait until none runs; not bounded here."""
         while self._running:
             await self._ended.wait()
+
+    def close(self) -> None:
+        """Start nothing more in a thread. Idempotent."""
+        self._threads.close()
 
     def add_to_server(self, server: Any) -> None:
         """Serve the endpoints there, as a generated function would."""
@@ -59,6 +67,8 @@ class ComponentServicer:
         answers = codec_of(method.output_type, endpoint.response_type)
         name = f"{self._definition.address}/{endpoint.name}"
         call = getattr(self._instance, endpoint.method)
+        if endpoint.is_blocking:
+            call = partial(self._threads.run, call)
         if endpoint.is_stream:
             return grpc.unary_stream_rpc_method_handler(self._stream(call, answers, name), requests.decode, None)
         return grpc.unary_unary_rpc_method_handler(self._single(call, answers, name), requests.decode, None)
@@ -83,7 +93,9 @@ class ComponentServicer:
     def _request(self, context: Any) -> Iterator[None]:
         if self._is_draining():
             raise TryElsewhereError(Reason.DRAINING, "")
-        enter(replace(self._place, request=context))  # for the task of this call, which ends with it
+        # For the task of this call, which ends with it. The id is the one that its log lines have.
+        request_id = structlog.contextvars.get_contextvars().get("request_id", "")
+        enter(replace(self._place, request=context, request_id=request_id))
         self._running += 1
         try:
             yield

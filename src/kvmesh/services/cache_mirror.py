@@ -4,8 +4,9 @@
 
 Laws:
     - the position moves only with what is wholly in the index, so a stream that breaks anywhere goes on from there;
-    - where the index cannot be vouched for (a gap, an event that does not fit, requests that did not find what was
-      predicted), the rank is degraded, so routed by load alone, until a snapshot comes;
+    - where the index cannot be vouched for (a gap, an event that does not fit or for which there is no room, requests
+      that did not find what was predicted), the rank is degraded, so routed by load alone, until a whole snapshot has
+      come: not by its first part, after which the stream may break;
     - the first recovery is at once, the next one not within `resync_s` of it: events churn, and a snapshot is dear. A
       mirror is of one incarnation, so a restarted worker is read at once.
 """
@@ -106,25 +107,31 @@ class CacheMirror:
             telemetry.KV_SNAPSHOTS.inc()
             self._core.reset_worker_index(self.worker, self._epoch, now=now)
             self._truth.reset(self.worker)
-            self._set_degraded(False)
+            self._degrade()
         return self._apply_events(message, now=now)
 
     def _apply_events(self, message: _Message, *, now: float) -> bool:
         fits = [self._apply(event, now=now) for event in message.events]
-        if not message.snapshot or message.snapshot_complete:
-            self._is_in_snapshot = False
-            self.position = message.sequence
+        if self._core.is_index_incomplete(self.worker):
+            self._recover("no_room", now=now)
+            return False
         if not all(fits):
             self._recover("unknown_parent", now=now)
             return False
+        if not message.snapshot or message.snapshot_complete:
+            self._is_in_snapshot = False
+            self.position = message.sequence
+        if message.snapshot_complete:
+            self._core.trust_worker_index(self.worker, self._epoch)
+            self._set_degraded(False)
         return True
 
     def _recover(self, cause: str, *, now: float) -> bool:
         """Ask for a snapshot; until it comes the rank is degraded. False: not now, the last one is not long ago."""
         telemetry.INDEX_GAPS.labels(cause=cause).inc()
         self.position = None
-        self._core.degrade_worker_index(self.worker, self._epoch)
-        self._set_degraded(True)
+        self._is_in_snapshot = False
+        self._degrade()
         self.open_from = max(now, self._next_recovery)
         self._next_recovery = self.open_from + self._resync_s
         wait_s = self.open_from - now
@@ -136,6 +143,10 @@ class CacheMirror:
             wait_s=round(wait_s, 3),
         )
         return wait_s <= 0
+
+    def _degrade(self) -> None:
+        self._core.degrade_worker_index(self.worker, self._epoch)
+        self._set_degraded(True)
 
     def _set_degraded(self, is_degraded: bool) -> None:
         if is_degraded is not self._is_degraded:

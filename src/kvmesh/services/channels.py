@@ -1,7 +1,7 @@
 """Outbound gRPC: one channel per address, and the errors that come back on it."""
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import grpc
@@ -55,7 +55,14 @@ class Channels:
 
     def __init__(self) -> None:
         self._by_address: dict[str, grpc.aio.Channel] = {}
+        self._unlisted: set[str] = set()
+        """Those that `drop_unlisted` saw the last time."""
         self._closed = False
+
+    @property
+    def addresses(self) -> Collection[str]:
+        """Where there is a channel to, connected or not."""
+        return self._by_address.keys()
 
     def get(self, address: str) -> grpc.aio.Channel:
         """Return the channel to `host:port`; it connects when first used. Raises: RuntimeError after `aclose`."""
@@ -75,6 +82,20 @@ class Channels:
         channel = self._by_address.pop(address, None)
         if channel is not None:
             await channel.close(grace_s)
+
+    async def drop_unlisted(self, listed: Collection[str]) -> None:
+        """Drop the channels to addresses that are not listed, now and the last time, unless they are connected.
+
+        Who has gone may still end what runs, and whoever tries to reach it has until the next time to give up.
+        """
+        before = self._unlisted
+        self._unlisted = {
+            address
+            for address, channel in self._by_address.items()
+            if address not in listed and channel.get_state() is not grpc.ChannelConnectivity.READY
+        }
+        for address in before & self._unlisted:
+            await self.drop(address)
 
     async def aclose(self) -> None:
         """Close every channel for good and cancel what still runs on them. Idempotent."""

@@ -28,6 +28,8 @@ def to_engine_request(request: decode_worker_pb2.DecodeRequest, info: EngineInfo
     check_sampling(request.sampling)
     sampling = _to_sampling(request.sampling)
     _check_served(sampling, info)
+    if request.rank:
+        raise invalid("rank", f"this worker has no rank {request.rank}: its engine has rank 0 alone")
     if request.WhichOneof("input") == "text":
         return _text_request(key, request.text, info, sampling)
     return _token_request(key, request, info, sampling)

@@ -139,6 +139,11 @@ class DecodeRequests:
             self.fail(running, TryElsewhereError(Reason.DRAINING, "this worker is shutting down"))
         return before - len(left), len(left)
 
+    def undrain(self) -> None:
+        """Take requests again. Idempotent."""
+        self.draining = False
+        self.load_changed()
+
     async def aclose(self) -> None:
         """Fail whatever still runs."""
         await self.drain(0)

@@ -358,3 +358,4 @@ class ExchangePool:
         if self._open.get(address) is ended:
             del self._open[address]
             self._lost.add(address)
+            self._lost.intersection_update(self._channels.addresses)

@@ -89,11 +89,14 @@ class _Context:
     def time_remaining(self) -> None:
         return None
 
+    def set_trailing_metadata(self, trailing_metadata: Any) -> None:
+        """Leave it: nobody in this process asks for it."""
+
     def code(self) -> grpc.StatusCode:
         return self.status[0]
 
     async def send_initial_metadata(self, initial_metadata: Any) -> None:
-        """Keep it: nobody in this process asks for it."""
+        """Leave it: nobody in this process asks for it."""
 
     async def abort(
         self, code: grpc.StatusCode, details: str = "", trailing_metadata: Sequence[tuple[str, str | bytes]] = ()

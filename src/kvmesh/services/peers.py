@@ -10,18 +10,29 @@ from contextlib import aclosing
 from kvmesh.core.ids import WorkerId
 from kvmesh.core.roster import Roster, RosterOutcome, WorkerRecord, WorkerRole
 from kvmesh.discovery.discovery import Deleted, Discovery, DiscoveryEvent, Put, Snapshot
+from kvmesh.services.channels import Channels
 from kvmesh.services.owned_tasks import OwnedTasks
 from kvmesh.services.suspects import Suspects
+
+_SWEEP_S = 60.0
+"""Between two looks for channels to those who are gone; far beyond any wait for a connection."""
 
 
 class Peers:
     """Follows discovery into a roster."""
 
-    def __init__(self, discovery: Discovery, *, namespace: str) -> None:
-        """Follow one namespace, from `start` on."""
+    def __init__(
+        self, discovery: Discovery, *, namespace: str, channels: Channels | None = None, sweep_s: float = _SWEEP_S
+    ) -> None:
+        """Follow one namespace, from `start` on; of `channels` drop, every `sweep_s`, those that lead to nobody in it.
+
+        A fleet that grows and shrinks for weeks would otherwise leave a channel behind with each worker.
+        """
         self.roster = Roster()
         self._discovery = discovery
         self._namespace = namespace
+        self._channels = channels
+        self._sweep_s = sweep_s
         self._tasks = OwnedTasks()
         self._changed = asyncio.Event()
         self._suspects = Suspects(on_gone=self._lose)
@@ -30,6 +41,8 @@ class Peers:
     def start(self) -> None:
         """Begin to follow."""
         self._tasks.start(self._follow(), name="peers")
+        if self._channels is not None:
+            self._tasks.start(self._sweep(self._channels), name="channel-sweep")
 
     def on_lost(self, hear: Callable[[WorkerRecord], None]) -> None:
         """Have `hear` told of each record whose worker went without a word and does not answer any more."""
@@ -81,6 +94,11 @@ class Peers:
             async for event in events:
                 self._apply(event)
                 self._roster_changed()
+
+    async def _sweep(self, channels: Channels) -> None:
+        while True:
+            await asyncio.sleep(self._sweep_s)
+            await channels.drop_unlisted({record.address for record in self.roster.records()})
 
     def _apply(self, event: DiscoveryEvent) -> None:
         match event:

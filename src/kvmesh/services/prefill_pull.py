@@ -71,6 +71,8 @@ class PrefillPull:
         self._running: dict[str, asyncio.Task[None]] = {}
         """By lease_id."""
         self._slot_free = asyncio.Event()
+        self._pulling: asyncio.Task[None] | None = None
+        """None before `start`, and once a drain has ended it."""
         self._leasing: asyncio.Task[None] | None = None
         self._attached = asyncio.Event()
 
@@ -80,7 +82,7 @@ class PrefillPull:
     def start(self) -> None:
         """Begin to pull."""
         self._readiness.expect(Part.QUEUE, _UNATTACHED)
-        self._loop_tasks.start(self._pull(), name=f"pull-{self._identity.worker_id}")
+        self._pulling = self._loop_tasks.start(self._pull(), name=f"pull-{self._identity.worker_id}")
 
     async def wait_attached(self) -> None:
         """Wait until the queue can give it tasks."""
@@ -95,9 +97,17 @@ class PrefillPull:
         left = (await asyncio.wait(running, timeout=timeout_s))[1] if running else set()
         if left:
             telemetry.WAIT_ENDED.labels(wait="drain_s").inc()
+        self._pulling = None
         await self._loop_tasks.aclose()
         await self._work.aclose()
         return len(running) - len(left), len(left)
+
+    def undrain(self) -> None:
+        """Lease again: under the attachment to come, where what ran before the drain holds the old one. Idempotent."""
+        if self.draining:
+            self.draining = False
+            if self._pulling is None or self._pulling.done():
+                self.start()
 
     async def aclose(self) -> None:
         """Stop pulling; what runs is given up, and requeued by the end of the attachment."""

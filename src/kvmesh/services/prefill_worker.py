@@ -96,6 +96,10 @@ class PrefillWorker(prefill_worker_pb2_grpc.PrefillWorkerServicer):
             telemetry.WAIT_ENDED.labels(wait="drain_s").inc()
         return before - len(self), len(self)
 
+    def undrain(self) -> None:
+        """Take tasks again. Idempotent."""
+        self.draining = False
+
     def _begin(self, key: AttemptKey) -> None:
         self._running[key] += 1
         self._empty.clear()

@@ -22,7 +22,7 @@ from kvmesh.services.logprobs import OutputLogprobs
 from kvmesh.services.output_text import OutputText
 from kvmesh.services.peers import Peers
 from kvmesh.services.progress import ProgressReports
-from kvmesh.services.prompts import TEXT, TOKENS, accepted_forms, prepare_prompt
+from kvmesh.services.prompts import TEXT, TOKENS, Tokenising, accepted_forms, prepare_prompt
 from kvmesh.services.request_totals import RequestTotals
 from kvmesh.services.routing_port import Booking, RoutingPort
 from kvmesh.services.running_request import Resolved, RunningRequest
@@ -65,6 +65,7 @@ class Processor:
         self._peers = peers
         self._exchanges = exchanges
         self._tokenizers = tokenizers
+        self._tokenising = Tokenising()
         self._waits = waits
         self._progress = ProgressReports(router.report_progress)
         self._running: set[RunningRequest] = set()
@@ -93,6 +94,7 @@ class Processor:
         """Stop; requests that still run lose their workers."""
         await self._progress.aclose()
         await self._exchanges.aclose()
+        self._tokenising.close()
 
     def reaches(self, record: WorkerRecord) -> bool:
         """Tell whether a request could be sent to a worker now, as far as is known."""
@@ -189,7 +191,11 @@ class Processor:
         accepts = accepted_forms(workers) or frozenset({TEXT if tokenizer is None else TOKENS})
         max_context_tokens = min(map(context_tokens, workers), default=0)
         prompt = await prepare_prompt(
-            run.request.prompt, tokenizer=tokenizer, accepts=accepts, max_context_tokens=max_context_tokens
+            run.request.prompt,
+            tokenizer=tokenizer,
+            tokenising=self._tokenising,
+            accepts=accepts,
+            max_context_tokens=max_context_tokens,
         )
         sampling = resolve_sampling(
             run.request.sampling, prompt_tokens=prompt.prompt_tokens, max_context_tokens=max_context_tokens

@@ -1,7 +1,7 @@
 """From a client's prompt to what is routed and sent: template, tokens, block hashes. Everything here is done once."""
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -23,9 +23,27 @@ _OFF_LOOP_CHARS = 4096
 _MOST_CHARS_PER_TOKEN = 256
 """No vocabulary in use has a longer token (runs of spaces and of dashes come near): text longer than so many for each
 token of the context need not be tokenised to be refused."""
-_TOKENISING = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenise")
-"""Long texts of all processors of this process, two at a time, in turn: each takes a core for as long as it lasts, and
-up to a hundred times its size in memory. One that nobody waits for any more by its turn is left out."""
+_LONG_TEXTS = 2
+"""Tokenised at once: each takes a core for as long as it lasts, and up to a hundred times its size in memory."""
+_Tokens = npt.NDArray[np.uint32]
+
+
+class Tokenising:
+    """Where one processor's texts become tokens: long ones in threads, in turn."""
+
+    def __init__(self) -> None:
+        """Start no thread before a long text comes."""
+        self._threads = ThreadPoolExecutor(_LONG_TEXTS, thread_name_prefix="tokenise")
+
+    async def run(self, encode: Callable[[str], _Tokens], text: str) -> _Tokens:
+        """Return the tokens of a text. One that nobody waits for any more by its turn is left out."""
+        if len(text) <= _OFF_LOOP_CHARS:
+            return encode(text)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, encode, text)
+
+    def close(self) -> None:
+        """Take no more long texts; those that were taken are tokenised, and not waited for. Idempotent."""
+        self._threads.shutdown(wait=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,7 +67,12 @@ class PreparedPrompt:
 
 
 async def prepare_prompt(
-    prompt: generation_pb2.Prompt, *, tokenizer: Tokenizer | None, accepts: frozenset[str], max_context_tokens: int = 0
+    prompt: generation_pb2.Prompt,
+    *,
+    tokenizer: Tokenizer | None,
+    tokenising: Tokenising,
+    accepts: frozenset[str],
+    max_context_tokens: int = 0,
 ) -> PreparedPrompt:
     """Render and tokenise as the workers need it; `accepts`: the forms they read, together.
 
@@ -72,10 +95,7 @@ async def prepare_prompt(
         raise invalid(
             "prompt", f"{len(text)} characters leave no room in a context of {max_context_tokens} tokens: shorten it"
         )
-    if len(text) > _OFF_LOOP_CHARS:
-        token_ids = await asyncio.get_running_loop().run_in_executor(_TOKENISING, encode, text)
-    else:
-        token_ids = encode(text)
+    token_ids = await tokenising.run(encode, text)
     if not len(token_ids):
         raise FixRequestError(Reason.EMPTY_PROMPT, "the prompt has no tokens", field="prompt")
     return PreparedPrompt(text, token_ids, token_ids)

@@ -85,6 +85,7 @@ class RemoteRouter:
             overlap_blocks=answer.worker.overlap_blocks,
             router_id=RouterId(answer.router_id),
             reservation_id=answer.reservation_id,
+            rank=answer.worker.rank,
             explanation=answer.explanation if explain else None,
         )
 

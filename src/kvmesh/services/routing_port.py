@@ -29,6 +29,8 @@ class Booking:
     """Who booked it; UNROUTED: nobody did."""
     reservation_id: int
     """Its number in that router's books; 0 when UNROUTED."""
+    rank: int | None = None
+    """Data-parallel rank that was booked; None when UNROUTED: the worker chooses."""
     explanation: router_pb2.Explanation | None = None
     """Every candidate with every term, where it was asked for."""
 
@@ -63,6 +65,7 @@ class InProcessRouting:
             overlap_blocks=reservation.overlap_blocks,
             router_id=self._router.router_id,
             reservation_id=reservation.reservation_id,
+            rank=reservation.worker.rank,
             explanation=explanation_to_proto(self._router.explain_booked(reservation)) if explain else None,
         )
 

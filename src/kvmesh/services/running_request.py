@@ -101,6 +101,7 @@ class RunningRequest:
             reservation_id=self.booking.reservation_id,
             lora=hints.lora,
             cache_namespace=hints.cache_namespace,
+            rank=self.booking.rank,
         )
         fill_input(request, self.resolved.prompt, self.worker.accepts)
         if hints.HasField("priority"):

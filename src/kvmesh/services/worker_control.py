@@ -1,15 +1,17 @@
 """WorkerControl: of one worker, and, at the gateway, forwarded to the worker that is named."""
 
+import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import grpc
 
-from kvmesh.core.errors import NotKnownError, Reason
+from kvmesh.core.errors import NotKnownError, Reason, RequestCancelledError
 from kvmesh.core.ids import WorkerId
 from kvmesh.core.roster import WorkerRecord
 from kvmesh.services.channels import Channels
 from kvmesh.services.identity import WorkerIdentity
+from kvmesh.services.signal import Signal
 from kvmesh.v1 import worker_control_pb2, worker_control_pb2_grpc
 from kvmesh.wire.error_catalog import from_rpc_error
 from kvmesh.wire.validation import invalid, seconds
@@ -30,6 +32,12 @@ class Controlled(Protocol):
     async def drain(self, timeout_s: float) -> tuple[int, int]:
         """Take nothing new and end what runs within `timeout_s`; return (finished, cancelled)."""
 
+    async def undrain(self) -> bool:
+        """Take new work again; return whether it drained. No `drain` runs meanwhile. Idempotent.
+
+        Raises: TryElsewhereError(DRAINING) once it is on its way out.
+        """
+
     async def describe(self) -> worker_control_pb2.GetInfoResponse:
         """Return what the worker is and does."""
 
@@ -41,6 +49,9 @@ class WorkerControl(worker_control_pb2_grpc.WorkerControlServicer):
         """Control `worker`; `drain_s` is the bound of a drain that sets none."""
         self._worker = worker
         self._drain_s = drain_s
+        self._drains: set[asyncio.Timeout] = set()
+        """Of the drains that run: what ends each when the worker is to take work again."""
+        self._drain_ended = Signal()
 
     async def Drain(
         self,
@@ -49,8 +60,34 @@ class WorkerControl(worker_control_pb2_grpc.WorkerControlServicer):
     ) -> worker_control_pb2.DrainResponse:
         """See the contract."""
         _check_addressee(request.worker_id, self._worker.identity)
-        finished, cancelled = await self._worker.drain(drain_timeout_s(request, self._drain_s))
+        timeout_s = drain_timeout_s(request, self._drain_s)
+        undrained = asyncio.timeout(None)
+        try:
+            async with undrained:
+                self._drains.add(undrained)
+                finished, cancelled = await self._worker.drain(timeout_s)
+        except TimeoutError:
+            if not undrained.expired():
+                raise
+            raise RequestCancelledError(Reason.CANCELLED, "the worker was told to take new work again") from None
+        finally:
+            self._drains.discard(undrained)
+            self._drain_ended.fire()
         return worker_control_pb2.DrainResponse(finished=finished, cancelled=cancelled)
+
+    async def Undrain(
+        self,
+        request: worker_control_pb2.UndrainRequest,
+        context: grpc.aio.ServicerContext,  # type: ignore[type-arg]
+    ) -> worker_control_pb2.UndrainResponse:
+        """See the contract."""
+        _check_addressee(request.worker_id, self._worker.identity)
+        while self._drains:
+            for undrained in self._drains:
+                if not undrained.expired():
+                    undrained.reschedule(asyncio.get_running_loop().time())
+            await self._drain_ended.wait()
+        return worker_control_pb2.UndrainResponse(was_draining=await self._worker.undrain())
 
     async def GetInfo(
         self,
@@ -81,6 +118,18 @@ class ForwardedWorkerControl(worker_control_pb2_grpc.WorkerControlServicer):
         timeout_s = drain_timeout_s(request, self._drain_s)
         try:
             return await stub.Drain(request, timeout=timeout_s + _ANSWER_MARGIN_S)
+        except grpc.aio.AioRpcError as exc:
+            raise from_rpc_error(exc) from exc
+
+    async def Undrain(
+        self,
+        request: worker_control_pb2.UndrainRequest,
+        context: grpc.aio.ServicerContext,  # type: ignore[type-arg]
+    ) -> worker_control_pb2.UndrainResponse:
+        """See the contract."""
+        stub = self._stub_of(request.worker_id)
+        try:
+            return await stub.Undrain(request, timeout=_left_s(context, _ANSWER_MARGIN_S))
         except grpc.aio.AioRpcError as exc:
             raise from_rpc_error(exc) from exc
 

@@ -11,6 +11,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import grpc
+
+from kvmesh.v1 import frontend_pb2, frontend_pb2_grpc
+
 PROGRAM = str(Path(sysconfig.get_path("scripts")) / "kvmesh")
 """The installed command."""
 WAIT_S = 40.0
@@ -91,12 +95,15 @@ class LoggingProcess:
         """Return the lines of this event that have these keys."""
         return [line for line in self.log if line["event"] == event and keys.items() <= line.items()]
 
-    def wait_logged(self, event: str, **keys: object) -> dict[str, Any]:
-        """Return the first line of this event with these keys. Raises: AssertionError if none comes."""
-        self._wait(lambda: bool(self.logged(event, **keys)) or self._has_ended)
+    def wait_logged(self, event: str, *, times: int = 1, **keys: object) -> dict[str, Any]:
+        """Return the line in which this event with these keys is logged for the `times`th time.
+
+        Raises: AssertionError if it does not come.
+        """
+        self._wait(lambda: len(self.logged(event, **keys)) >= times or self._has_ended)
         found = self.logged(event, **keys)
-        assert found, f"no {event} {keys} in the log:\n" + "\n".join(self._lines)
-        return found[0]
+        assert len(found) >= times, f"{event} {keys}: {len(found)} of {times} in the log:\n" + "\n".join(self._lines)
+        return found[times - 1]
 
     def send_signal(self, number: signal.Signals) -> None:
         """Send one signal."""
@@ -148,6 +155,12 @@ class MeshProcess(LoggingProcess):
     def http_url(self) -> str:
         """http://HOST:PORT."""
         return str(self._ready["http"])
+
+    def topology(self) -> frontend_pb2.Topology:
+        """Return what the mesh says of itself, once its door is there. Raises: grpc.RpcError."""
+        with grpc.insecure_channel(self.grpc_address) as channel:
+            ask = frontend_pb2_grpc.FrontendStub(channel).GetTopology
+            return ask(frontend_pb2.GetTopologyRequest(), timeout=WAIT_S, wait_for_ready=True).topology
 
 
 class RoleProcess(LoggingProcess):

@@ -39,7 +39,7 @@ def serving(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[str], Mapping
     """
     found: list[Serving] = []
     monkeypatch.setattr(
-        serve, "_serve", lambda role, settings, *, exit_with_parent: found.append(Serving(role, settings))
+        serve, "_serve", lambda role, loaded, *, exit_with_parent: found.append(Serving(role, loaded.settings))
     )
 
     def read(arguments: Sequence[str], environment: Mapping[str, str]) -> Serving:

@@ -122,6 +122,13 @@ class WorkerControl(worker_control_pb2_grpc.WorkerControlServicer):
             raise NotKnownError(Reason.NOT_FOUND, f"no live worker is called {request.worker_id!r}", field="worker_id")
         return worker_control_pb2.DrainResponse(finished=3, cancelled=1)
 
+    async def Undrain(
+        self, request: worker_control_pb2.UndrainRequest, context: Any
+    ) -> worker_control_pb2.UndrainResponse:
+        was_draining = bool(self._mesh.drained)
+        self._mesh.drained.clear()
+        return worker_control_pb2.UndrainResponse(was_draining=was_draining)
+
     async def GetInfo(
         self, request: worker_control_pb2.GetInfoRequest, context: Any
     ) -> worker_control_pb2.GetInfoResponse:
@@ -378,6 +385,17 @@ async def test_drain_of_a_drained_worker_says_that_it_was(mesh: MeshServer) -> N
         code, out, _ = await run_cli("drain", "NODE1/decode/0", "--target", mesh.address)
 
     assert (code, out) == (0, "NODE1/decode/0 was drained already\n")
+
+
+async def test_undrain_says_whether_there_was_anything_to_undo(mesh: MeshServer) -> None:
+    await run_cli("drain", "NODE1/decode/0", "--target", mesh.address)
+
+    shown = [await run_cli("undrain", "NODE1/decode/0", "--target", mesh.address) for _ in range(2)]
+
+    assert shown == [
+        (0, "NODE1/decode/0 takes new work\n", ""),
+        (0, "NODE1/decode/0 takes new work: it did not drain\n", ""),
+    ]
 
 
 async def test_drain_of_an_unknown_worker_fails(mesh: MeshServer) -> None:

@@ -12,7 +12,7 @@ from kvmesh.cli.main import main
 from kvmesh.cli.running import engine_options
 from kvmesh.runtime.settings import Settings
 
-COMMANDS = ["up", "generate", "explain", "status", "probe", "drain", "version", "config show"]
+COMMANDS = ["up", "generate", "explain", "status", "probe", "drain", "undrain", "version", "config show"]
 
 
 @pytest.fixture(autouse=True)

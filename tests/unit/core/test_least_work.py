@@ -1,6 +1,7 @@
 """The policy `least_work`: its formula, what each term decides, and what requests may override."""
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,9 +11,9 @@ from kvmesh.core.errors import FixRequestError
 from kvmesh.core.ids import WorkerId, WorkerRank
 from kvmesh.core.policies.least_work import LeastWork, LeastWorkKnobs
 
-A, B = (WorkerRank(WorkerId(f"n/decode/{name}")) for name in "ab")
+A, B, C, D = (WorkerRank(WorkerId(f"n/decode/{name}")) for name in "abcd")
 SIZE = 16
-PLAIN = LeastWorkKnobs(request_weight=0.0, backlog_weight=0.0, crowd_weight=0.0, held_weight=0.0)
+PLAIN = LeastWorkKnobs(request_weight=0.0, backlog_weight=0.0, crowd_weight=0.0, held_weight=0.0, busy_tokens=0.0)
 
 
 def at(worker: WorkerRank, **changes: Any) -> Candidate:
@@ -93,6 +94,34 @@ def test_a_line_beyond_what_runs_at_once_is_no_further_crowd() -> None:
     assert [cost(at(A, active_requests=n), knobs=knobs, tokens=160) for n in (256, 9_999)] == [1290, 1290]
 
 
+def test_requests_that_run_count_while_half_of_the_workers_idle() -> None:
+    knobs = replace(PLAIN, busy_tokens=64.0)  # 4 blocks of 16
+    busy, busier, idle, too = at(A, active_requests=2), at(B, active_requests=3), at(C), at(D)
+
+    half_idle = {each.worker: each.cost for each in choose(busy, busier, idle, too, knobs=knobs, tokens=160).scores}
+    fewer_idle = {each.worker: each.cost for each in choose(busy, busier, idle, knobs=knobs, tokens=160).scores}
+
+    assert half_idle == {A: 10 + 2 * 4, B: 10 + 3 * 4, C: 10, D: 10}
+    assert fewer_idle == {A: 10, B: 10, C: 10}
+
+
+def test_what_requests_count_is_a_term_of_the_explanation() -> None:
+    knobs = replace(PLAIN, busy_tokens=64.0, request_weight=0.5)
+
+    terms = {each.worker: each.terms for each in choose(at(A, active_requests=2), at(B), knobs=knobs).scores}
+
+    assert {worker: each.request_cost for worker, each in terms.items() if each} == {A: 2 * (4 + 0.5), B: 0}
+
+
+def test_a_short_prefix_does_not_keep_requests_together_while_half_of_the_workers_idle() -> None:
+    short = at(A, overlap_blocks=9, active_requests=1)  # 144 tokens
+    long = at(A, overlap_blocks=90, new_blocks=100, active_requests=1)  # 1,440 tokens, more than a step costs
+
+    assert choose(short, at(B)).worker == B
+    assert choose(long, at(B, new_blocks=100), tokens=1_605).worker == A
+    assert choose(short, at(B, active_requests=1)).worker == A
+
+
 def test_requests_override_the_knobs_that_all_costs_share() -> None:
     warm = at(A, overlap_blocks=4, active_requests=2)
 
@@ -138,7 +167,15 @@ def test_a_choice_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    "knobs", [{"backlog_weight": -0.1}, {"held_weight": 2.0}, {"crowd_weight": float("nan")}, {"temperature": -1.0}]
+    "knobs",
+    [
+        {"backlog_weight": -0.1},
+        {"held_weight": 2.0},
+        {"crowd_weight": float("nan")},
+        {"temperature": -1.0},
+        {"busy_tokens": -1.0},
+        {"busy_tokens": float("nan")},
+    ],
 )
 def test_weights_beyond_sense_are_refused(knobs: dict[str, float]) -> None:
     with pytest.raises(FixRequestError, match=next(iter(knobs))):

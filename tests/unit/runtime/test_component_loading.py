@@ -37,7 +37,7 @@ from kvmesh.sdk import endpoint
 class Wrong:
     @endpoint()
     def go(self, request: dict) -> dict:
-        return request
+        yield request
 """
 
 
@@ -68,7 +68,7 @@ def test_a_class_is_served_with_what_it_depends_on_and_a_link_as_it_is(name: str
         ("a_graph_of_a_test:Entyr", "a_graph_of_a_test has no 'Entyr'; the nearest is Entry"),
         ("a_graph_of_a_test:Text", "Text is no service: put @service(namespace=...) on the class"),
         ("no_graph_of_a_test:Entry", "no module is called 'no_graph_of_a_test' here: run this from its folder"),
-        ("a_wrong_graph_of_a_test:Wrong", "Wrong.go must be async"),
+        ("a_wrong_graph_of_a_test:Wrong", "Wrong.go yields and must be async"),
         ("a_graph_that_imports_of_a_test:X", "imports 'nothing_of_this_name', which is not installed"),
         ("a_graph_that_fails_of_a_test:X", "cannot be imported: ZeroDivisionError: division by zero"),
     ],

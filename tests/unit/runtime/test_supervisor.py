@@ -6,6 +6,7 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import pytest
 import structlog
 
 from kvmesh.runtime.supervisor import ChildSpec, Supervisor
@@ -58,7 +59,8 @@ async def test_a_child_that_is_stopped_stays_stopped() -> None:
         assert child.starts == 1
 
 
-async def test_a_child_that_ignores_sigterm_is_killed_beyond_its_bound() -> None:
+async def test_a_child_that_ignores_sigterm_is_killed_beyond_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvmesh.runtime.supervisor._KILL_GRACE_S", 0.2)
     with structlog.testing.capture_logs() as lines:
         async with supervised(stop_s=0.0) as supervisor:
             supervisor.start(spec("deaf", IGNORES_SIGTERM))

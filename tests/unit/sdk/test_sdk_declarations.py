@@ -1,7 +1,8 @@
 """A class declared wrongly fails at import, with the fix; declared well it stays a plain class."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from functools import wraps
 from typing import Any
 
 import pytest
@@ -114,11 +115,31 @@ def test_a_result_that_is_not_annotated_is_a_warning() -> None:
                 yield request.text
 
 
-def _sync() -> None:
+def _stream_of_a_plain_function() -> None:
     class _Wrong:
         @endpoint()
-        def go(self, request: Text) -> Text:
+        def go(self, request: Text) -> Iterator[Text]:
+            yield request
+
+
+def _plain_wrapper() -> None:
+    def logged(function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def wrapper(self: object, request: Text) -> Any:
+            return function(self, request)
+
+        return wrapper
+
+    class _Wrong:
+        @endpoint()
+        @logged
+        async def go(self, request: Text) -> Text:
             return request
+
+
+def _no_function() -> None:
+    class _Wrong:
+        go = endpoint()(Text)
 
 
 def _without_request_type() -> None:
@@ -268,13 +289,15 @@ def _given_name_that_callers_have() -> None:
         (_declare_field(items=dict[str, Text | None]), "what is in a list or a map cannot be None in protobuf"),
         (_declare_field(größe=int), "Odd.größe: a name of protobuf has letters of ASCII, digits and _: rename"),
         (_declare_field(foo_bar=int, fooBar=int), "Odd: foo_bar and fooBar are both 'fooBar' in JSON: rename one"),
-        (_sync, "must be async: write `async def go(self, request: ...)`"),
+        (_stream_of_a_plain_function, "yields and must be async: write `async def go(self, ...)`"),
+        (_plain_wrapper, "is async, its decorator's wrapper is not"),
+        (_no_function, "Text is no method"),
         (_without_request_type, "annotate it, `request: YourRequest`"),
         (_without_request, "must take one request: `async def go(self, request: YourRequest)`"),
         (_twice, "is an endpoint already: remove one of the two @endpoint()"),
         (_service_twice, "Upper is a service already: remove one of the two @service(...)"),
         (_two_of_one_name, "go and other are both the endpoint 'go': rename one, @endpoint(name=...)"),
-        (_no_endpoint, "Wrong has no endpoint: put @endpoint() on an async method"),
+        (_no_endpoint, "Wrong has no endpoint: put @endpoint() on a method"),
         (_stream_not_annotated_as_one, "yields its answers: annotate it, -> AsyncIterator[YourResponse]"),
         (_scalar_request, "int is no request: make it a field of a pydantic.BaseModel"),
         (_field_without_form, "Odd.loop: AbstractEventLoop has no form in protobuf: use a pydantic model, or Any"),

@@ -9,6 +9,7 @@ from kvmesh import telemetry
 from kvmesh.core.candidates import RoutingQuery
 from kvmesh.core.ids import Epoch, RouterId, SequenceHash, WorkerId, WorkerRank
 from kvmesh.core.policies.policy import build_policy
+from kvmesh.core.prefix_index import PrefixIndex
 from kvmesh.core.roster import WorkerRecord
 from kvmesh.core.routing import RoutingCore
 from kvmesh.services.cache_mirror import RESYNC_S, CacheMirror
@@ -18,8 +19,13 @@ WORKER = WorkerRank(WorkerId("w"))
 
 
 class Mirrored:
-    def __init__(self) -> None:
-        self.core = RoutingCore(RouterId("r"), policy=build_policy("kv_aware"), rng=random.Random(1))
+    def __init__(self, *, max_pairs: int = 1_000) -> None:
+        self.core = RoutingCore(
+            RouterId("r"),
+            policy=build_policy("kv_aware"),
+            rng=random.Random(1),
+            index=PrefixIndex(max_pairs=max_pairs),
+        )
         self.core.put_worker(
             WorkerRecord(worker_id=WORKER.worker_id, epoch=Epoch(1), models=("m",), block_size=4), now=0.0
         )
@@ -32,6 +38,12 @@ class Mirrored:
     def depth(self, *hashes: int) -> int:
         keys = tuple(map(SequenceHash, hashes))
         return self.core.overlaps(RoutingQuery(model="m", prompt_tokens=100, block_hashes={4: keys}))[WORKER]
+
+    def shown_degraded(self) -> tuple[bool, bool]:
+        """Whether the list of workers, and the explanation of a choice, say that the rank is degraded."""
+        (snapshot,) = self.core.workers(now=0.0)
+        (candidate,) = self.core.select(RoutingQuery(model="m", prompt_tokens=100), now=0.0).candidates
+        return snapshot.is_index_degraded, candidate.is_index_degraded
 
 
 def stored(*hashes: int, parent: int | None = None, block_size: int = 4) -> worker_events_pb2.KvEvent:
@@ -69,6 +81,59 @@ def test_snapshot_after_an_interrupted_one_begins_anew(mirrored: Mirrored) -> No
     mirrored.take(6, stored(1), snapshot=True, snapshot_complete=True)
 
     assert (mirrored.depth(1, 2), mirrored.mirror.position) == (1, 6)
+
+
+def test_rank_is_degraded_from_the_first_part_of_a_snapshot_to_the_last(mirrored: Mirrored) -> None:
+    gauge_before = telemetry.INDEX_DEGRADED._value.get()
+    mirrored.take(5, stored(1, 2), snapshot=True)
+    mirrored.mirror.interrupt()
+    interrupted = (
+        mirrored.shown_degraded(),
+        mirrored.depth(1, 2),
+        telemetry.INDEX_DEGRADED._value.get() - gauge_before,
+    )
+
+    mirrored.take(6, stored(1, 2), snapshot=True)
+    in_part = mirrored.shown_degraded()
+    mirrored.take(6, stored(3, parent=2), snapshot=True, snapshot_complete=True)
+
+    assert interrupted == ((True, True), 0, 1)
+    assert in_part == (True, True)
+    assert (mirrored.shown_degraded(), mirrored.depth(1, 2, 3)) == ((False, False), 3)
+    assert telemetry.INDEX_DEGRADED._value.get() == gauge_before
+
+
+def test_rank_is_shown_degraded_from_a_gap_until_its_snapshot_is_whole(mirrored: Mirrored) -> None:
+    mirrored.take(5, stored(1), snapshot=True, snapshot_complete=True)
+    before = mirrored.shown_degraded()
+
+    mirrored.take(9, stored(2, parent=1), after_sequence=8)
+    after_gap = mirrored.shown_degraded()
+    mirrored.take(9, stored(1, 2), snapshot=True, now=mirrored.mirror.open_from)
+    in_snapshot = mirrored.shown_degraded()
+    mirrored.take(9, snapshot=True, snapshot_complete=True)
+
+    assert (before, after_gap, in_snapshot) == ((False, False), (True, True), (True, True))
+    assert mirrored.shown_degraded() == (False, False)
+
+
+def test_rank_for_which_the_index_has_no_room_is_degraded_until_it_fits() -> None:
+    gaps = telemetry.INDEX_GAPS.labels(cause="no_room")
+    gaps_before = gaps._value.get()
+    mirrored = Mirrored(max_pairs=3)
+    mirrored.take(1, stored(1, 2), snapshot=True, snapshot_complete=True)
+
+    taken = mirrored.take(2, stored(3, 4, parent=2), after_sequence=1, now=1.0)
+    without_room = (mirrored.shown_degraded(), mirrored.mirror.position, mirrored.mirror.open_from)
+    mirrored.take(3, stored(1, 2, 3, 4), snapshot=True, snapshot_complete=True, now=1.0)
+    still = (mirrored.shown_degraded(), mirrored.mirror.open_from)
+    mirrored.take(4, stored(7, 8, 9), snapshot=True, snapshot_complete=True, now=1.0 + RESYNC_S)
+
+    assert not taken
+    assert without_room == ((True, True), None, 1.0)
+    assert still == ((True, True), 1.0 + RESYNC_S)
+    assert (mirrored.shown_degraded(), mirrored.depth(7, 8, 9)) == ((False, False), 3)
+    assert gaps._value.get() - gaps_before == 2
 
 
 def test_delta_without_a_snapshot_before_it_is_not_taken(mirrored: Mirrored) -> None:

@@ -114,6 +114,35 @@ def test_the_cached_prefix_decides_unlike_turns() -> None:
     assert play(rows, "kv_aware", workers=4).reuse > play(rows, "round_robin", workers=4).reuse + 0.1
 
 
+def hot_prefix(count: int, *, prefix: int, output: int, seed: int = 1) -> list[TraceRow]:
+    """Prompts of 300 tokens behind one that all share, of `prefix` * 512: 10 requests a second."""
+    rng = random.Random(seed)
+    rows, at_ms = [], 0.0
+    for number in range(count):
+        at_ms += rng.expovariate(10 / 1000)
+        rows.append(row(at_ms, prefix * 512 + 300, *range(1, prefix + 1), 1000 + number, output=output))
+    return rows
+
+
+@pytest.mark.parametrize(("prefix", "output"), [(1, 64), (8, 128)])
+def test_at_low_load_the_default_policy_does_not_crowd_a_hot_prefix_onto_one_worker(prefix: int, output: int) -> None:
+    rows = hot_prefix(400, prefix=prefix, output=output)
+
+    ours, by_turns = (play(rows, policy, workers=8) for policy in ("least_work", "round_robin"))
+
+    assert ours.ttft_ms.p50 is not None
+    assert by_turns.ttft_ms.p50 is not None
+    assert ours.ttft_ms.p50 <= 1.1 * by_turns.ttft_ms.p50
+    assert ours.balance < 2  # 8 is all on one
+    assert ours.reuse > by_turns.reuse - 0.005
+
+
+def test_at_low_load_the_default_policy_keeps_conversations_where_they_are_cached() -> None:
+    rows = conversations(200)
+
+    assert play(rows, "least_work", workers=8).reuse > play(rows, "kv_aware", workers=8).reuse
+
+
 def test_every_request_ends_and_is_told_of_once() -> None:
     ended: list[int] = []
     rows = conversations(50)
