@@ -45,9 +45,11 @@ class HeldGenerator:
         return frontend_pb2.ListModelsResponse()
 
 
-def server_of(generator: HeldGenerator, *, port: int = 0, client_write_s: float = 30.0) -> HttpServer:
+def server_of(
+    generator: HeldGenerator, *, port: int = 0, client_write_s: float = 30.0, head_wait_s: float = 30.0
+) -> HttpServer:
     app = create_app(services=[], generator=generator, unready_reason=lambda: None, client_write_s=client_write_s)
-    return HttpServer(app, host="127.0.0.1", port=port)
+    return HttpServer(app, host="127.0.0.1", port=port, head_wait_s=head_wait_s)
 
 
 async def test_a_taken_port_says_what_to_do() -> None:
@@ -249,4 +251,37 @@ async def test_a_body_longer_than_a_head_may_be_is_no_head() -> None:
         replies = [await client.post("/v1/chat/completions", content=b" " * 300_000) for _ in range(2)]
 
     assert [reply.status_code for reply in replies] == [400, 400]
+    await server.stop(0)
+
+
+@pytest.mark.parametrize(("sent", "told"), [(b"POST /v1/models HTTP/1.1\r\nHost: loc", b"HTTP/1.1 408 "), (b"", b"")])
+async def test_a_head_that_does_not_arrive_in_time_ends_its_connection(sent: bytes, told: bytes) -> None:
+    server = server_of(HeldGenerator(), head_wait_s=0.1)
+    await server.start()
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+
+    writer.write(sent)
+    async with asyncio.timeout(10):
+        answer = await reader.read()
+
+    assert answer.startswith(told)
+    assert bool(answer) is bool(told)
+    writer.close()
+    await server.stop(0)
+
+
+async def test_a_request_whose_head_arrived_in_time_may_take_longer() -> None:
+    generator = HeldGenerator()
+    server = server_of(generator, head_wait_s=0.1)
+    await server.start()
+
+    async with httpx.AsyncClient(base_url=f"http://{server.address}", trust_env=False) as client:
+        async with client.stream("POST", "/v1/chat/completions", json=HELLO) as response:
+            asyncio.get_running_loop().call_later(0.3, generator.released.set)
+            lines = [line async for line in response.aiter_lines() if line]
+        await asyncio.sleep(0.3)  # an idle connection is not one that owes a head
+        listed = await client.get("/v1/models")
+
+    assert lines[-1] == "data: [DONE]"
+    assert listed.status_code == 200
     await server.stop(0)

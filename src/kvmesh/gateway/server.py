@@ -21,24 +21,43 @@ from kvmesh.services.owned_tasks import OwnedTasks
 PORT_FLAG = "--http-port"
 MAX_HEAD_BYTES = 64 * 1024
 """Of a request's line and headers together: no parser of them has a bound of its own."""
+HEAD_WAIT_S = 30.0
+"""Longest time from a connection's beginning, or a request's first byte, to the end of the head."""
 _BACKLOG = 2048
-_TOO_LONG = b'{"code":3,"message":"The request line and the headers are too long.","details":[]}'
-_HEAD_TOO_LONG = (
-    b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-type: application/json\r\n"
-    b"content-length: %d\r\n\r\n%b" % (len(_TOO_LONG), _TOO_LONG)
+_REFUSAL = (
+    b"HTTP/1.1 %b\r\nconnection: close\r\ncontent-type: application/json\r\n"
+    b'content-length: %d\r\n\r\n{"code":%d,"message":"%b","details":[]}'
 )
+_FRAME_BYTES = len(b'{"code":0,"message":"","details":[]}')
+
+
+def _refusal(status: bytes, code: int, message: bytes) -> bytes:
+    """Return a whole answer to a request that never became one."""
+    return _REFUSAL % (status, _FRAME_BYTES + len(message), code, message)
+
+
+_HEAD_TOO_LONG = _refusal(b"431 Request Header Fields Too Large", 3, b"The request line and the headers are too long.")
+_HEAD_TOO_LATE = _refusal(b"408 Request Timeout", 4, b"The request line and the headers did not arrive in time.")
 
 
 class _Protocol(HttpToolsProtocol):
     """Uvicorn's, which also lets an app write to the connection without waiting, and bounds a request's head."""
 
+    head_wait_s = HEAD_WAIT_S
     _awaits_head = False
     _head_bytes = 0
     """Of a head that has not ended yet: one that ends within a read is bounded by the read."""
+    _head_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         """Serve a connection."""
         super().connection_made(CorkedTransport(transport, loop=self.loop))  # type: ignore[arg-type]  # stands for it
+        self._head_timer = self.loop.call_later(self.head_wait_s, self._give_up)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget a connection."""
+        self._stop_head_timer()
+        super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """Read on, unless the head of a request is longer than any need be."""
@@ -53,20 +72,36 @@ class _Protocol(HttpToolsProtocol):
         """Begin a request."""
         super().on_message_begin()
         self._awaits_head, self._head_bytes = True, 0
+        if self._head_timer is None:
+            self._head_timer = self.loop.call_later(self.head_wait_s, self._give_up)
         scope: MutableMapping[str, Any] = self.scope  # type: ignore[assignment]  # ASGI lets servers add keys
         scope[BODY_WRITER_KEY] = BodyWriter(self.transport, is_behind=lambda: self.flow.write_paused)
 
     def on_headers_complete(self) -> None:
         """Begin its body."""
         self._awaits_head = False
+        self._stop_head_timer()
         super().on_headers_complete()
+
+    def _stop_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _give_up(self) -> None:
+        """Close a connection that has not sent a whole head in time; one that has begun to is told."""
+        self._head_timer = None
+        if not self.transport.is_closing():
+            if self._awaits_head:
+                self.transport.write(_HEAD_TOO_LATE)
+            self.transport.close()
 
 
 class HttpServer:
     """Serves one ASGI app on one port, from `start` to `stop`."""
 
-    def __init__(self, app: Any, *, host: str, port: int) -> None:
-        """Nothing is bound yet; port 0 = any free one."""
+    def __init__(self, app: Any, *, host: str, port: int, head_wait_s: float = HEAD_WAIT_S) -> None:
+        """Nothing is bound yet; port 0 = any free one. A request's head must arrive within `head_wait_s`."""
         self._host = host
         self._port = port
 
@@ -76,7 +111,7 @@ class HttpServer:
 
         config = uvicorn.Config(
             on_this_host,
-            http=_Protocol,
+            http=type("_ProtocolOfServer", (_Protocol,), {"head_wait_s": head_wait_s}),
             ws="none",
             lifespan="off",
             log_config=None,
