@@ -123,6 +123,7 @@ class PrefillQueue(prefill_queue_pb2_grpc.PrefillQueueServicer):
         self._refuse_when_draining()
         key, progress = self._submit(request.task)
         try:
+            await asyncio.sleep(0)  # a worker that waits goes before the word that the task is in line
             async for message in progress:
                 yield message
         finally:
@@ -187,6 +188,7 @@ class PrefillQueue(prefill_queue_pb2_grpc.PrefillQueueServicer):
         """See PrefillQueue.Complete."""
         with self._moment() as now:
             self._core.complete(task_key(request.key), LeaseId(request.lease_id), request.result, now=now)
+        await asyncio.sleep(0)  # the submitter, who waits for the result, goes before the worker, who has done its part
         return prefill_queue_pb2.CompleteResponse()
 
     async def Fail(self, request: prefill_queue_pb2.FailRequest, context: "Context") -> prefill_queue_pb2.FailResponse:
