@@ -48,6 +48,8 @@ def broken_text(error: Any, target: str, *, after: str) -> str:
 def _transport_text(code: grpc.StatusCode, details: str, target: str) -> str:
     match code:
         case grpc.StatusCode.UNAVAILABLE:
+            if "Expected SETTINGS frame" in details:  # whoever listens there answered, but not in HTTP/2
+                return f"{target} does not speak gRPC: is it the HTTP port? --target wants that of gRPC"
             cause = details.rpartition(": ")[2]
             return f"cannot reach {target} ({cause}): start a mesh with `kvmesh up`, or name another with --target"
         case grpc.StatusCode.DEADLINE_EXCEEDED:

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from kvmesh.cli.options import DEFAULT_TARGET, Target
+from kvmesh.cli.options import DEFAULT_TARGET, MAX_SECONDS, Target, within
 
 _ANSWER_MARGIN_S = 10.0
 """Beyond the drain's own time, for the gateway and the worker to answer."""
@@ -18,7 +18,10 @@ def drain(
     timeout: Annotated[
         float,
         typer.Option(
-            "--timeout", metavar="SECONDS", min=0, help="Cancel what still runs after this long; 0 = at once."
+            "--timeout",
+            metavar="SECONDS",
+            help=f"Cancel what still runs after this long; 0 = at once, up to {MAX_SECONDS}.",
+            callback=within(0, MAX_SECONDS),
         ),
     ] = 30.0,
     target: Target = DEFAULT_TARGET,

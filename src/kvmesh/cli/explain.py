@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 _MAX_SHOWN = 20
 
 
+class _ReadsPromptsError(CommandFailed):
+    """The policy cannot be asked again."""
+
+
 @dataclass(slots=True)
 class _Report:
     """What taking a log again came to."""
@@ -33,6 +37,10 @@ class _Report:
     bad_lines: list[dict[str, Any]] = field(default_factory=list)
     is_faulty: bool = False
     """A decision came out otherwise by its own policy."""
+    lines: int = 0
+    """Read, blank ones too."""
+    as_logged: str = ""
+    """Why the line asked for is shown as it was logged, not taken again; "" = it was."""
 
     @property
     def decisions(self) -> int:
@@ -81,13 +89,15 @@ def explain(
     for number, retaken in _retaken(file, asked, report, until=line):
         if line is not None:
             if number == line:
-                _show(number, retaken, as_json=json_output)
+                _show(number, retaken, as_json=json_output, as_logged=report.as_logged)
                 raise typer.Exit(1 if asked is None and not retaken.is_same else 0)
             continue
         _note(report, number, retaken, is_own_policy=asked is None)
         if report.decisions == limit:
             break
     if line is not None:
+        if report.lines < line:
+            raise CommandFailed(f"{file}: no such line: the file has {report.lines}", exit_code=2)
         problem = next((f": {bad['problem']}" for bad in report.bad_lines if bad["line"] == line), "")
         raise CommandFailed(f"{file}, line {line} is no decision{problem}")
     if json_output:
@@ -102,7 +112,7 @@ def _retaken(
     file: Path, asked: "LoadedSettings[Settings] | None", report: _Report, *, until: int | None
 ) -> "Iterator[tuple[int, Retaken]]":
     """Yield each decision with the number of its line; what is no decision goes to the report."""
-    from kvmesh.core.decision_rerun import DecisionRerun
+    from kvmesh.core.decision_rerun import DecisionRerun, Retaken
     from kvmesh.core.errors import FixRequestError
 
     def make(settings: Mapping[str, Any]) -> "Policy":
@@ -112,6 +122,9 @@ def _retaken(
     for number, text in _lines(file):
         if until is not None and number > until:
             return
+        report.lines = number
+        if text.isspace():
+            continue
         try:
             decision = _read(text, rerun)
         except FixRequestError as exc:
@@ -120,6 +133,12 @@ def _retaken(
         if decision is not None:
             try:
                 yield number, rerun.take(decision)
+            except _ReadsPromptsError as exc:
+                if until is None or asked is not None:
+                    raise
+                if number == until:
+                    report.as_logged = exc.message
+                    yield number, Retaken(decision, decision.selection)
             except FixRequestError as exc:
                 is_of_the_line = asked is None or exc.field == "policy_settings"
                 where = f"{file}, line {number}: " if is_of_the_line else ""
@@ -129,7 +148,7 @@ def _retaken(
 def _lines(file: Path) -> Iterator[tuple[int, str]]:
     try:
         with file.open(encoding="utf-8", errors="replace") as lines:
-            yield from ((number, line) for number, line in enumerate(lines, start=1) if not line.isspace())
+            yield from enumerate(lines, start=1)
     except OSError as exc:
         raise CommandFailed(f"{file} cannot be read: {exc.strerror}", exit_code=2) from exc
 
@@ -165,7 +184,7 @@ def _make_policy(settings: Mapping[str, Any], asked: "LoadedSettings[Settings] |
         raise FixRequestError(Reason.INVALID_FIELD, problem, field="policy_settings") from exc
     policy = load_policy(wanted)
     if reads_prompts(policy):
-        raise CommandFailed(
+        raise _ReadsPromptsError(
             f"{name_of(policy)} cannot be asked again: it compares what prompts say, which a decision log does not "
             "hold; --policy NAME asks another",
             exit_code=2,
@@ -239,13 +258,15 @@ def _print(report: _Report) -> None:
         typer.secho(f"and {len(report.bad_lines) - _MAX_SHOWN} more bad lines", fg="red", err=True)
 
 
-def _show(number: int, retaken: "Retaken", *, as_json: bool) -> None:
+def _show(number: int, retaken: "Retaken", *, as_json: bool, as_logged: str) -> None:
     from kvmesh.cli.console import output_console
     from kvmesh.cli.explanation import explanation_view
     from kvmesh.wire.routing_answers import explanation_to_proto
 
     selection = retaken.explained()
     explanation = explanation_to_proto(selection)
+    if as_logged:
+        typer.secho(f"shown as it was logged: {as_logged}", fg="yellow", err=True)
     if not as_json:
         console = output_console()
         console.print(explanation_view(explanation, width=console.width))
@@ -258,4 +279,7 @@ def _show(number: int, retaken: "Retaken", *, as_json: bool) -> None:
     for shown, verdict in zip(whole["candidates"], selection.explain(), strict=True):
         if verdict.cost is None:
             shown["cost"] = None  # the contract has no word for it
-    typer.echo(json.dumps({**_outcome(number, retaken), "same": retaken.is_same, "explanation": whole}, indent=2))
+    outcome = {**_outcome(number, retaken), "same": retaken.is_same}
+    if as_logged:
+        outcome |= dict.fromkeys(("now", "now_cost", "same"))
+    typer.echo(json.dumps({**outcome, "explanation": whole}, indent=2))

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvmesh.cli.options import DEFAULT_TARGET, CommandFailed, Target, Timeout
+from kvmesh.cli.options import DEFAULT_TARGET, MAX_TOKENS, CommandFailed, Target, Timeout, within
 
 if TYPE_CHECKING:
     from kvmesh.v1 import frontend_pb2, generation_pb2
@@ -14,7 +14,15 @@ if TYPE_CHECKING:
 def generate(
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     model: Annotated[str, typer.Option("--model", help="Model; may be left out while the mesh serves one.")] = "",
-    max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=1, help="Tokens to produce at most.")] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-tokens",
+            metavar="N",
+            help=f"Tokens to produce at most; 1 to {MAX_TOKENS}.",
+            callback=within(1, MAX_TOKENS),
+        ),
+    ] = None,
     temperature: Annotated[float | None, typer.Option("--temperature", help="0 = greedy, up to 2.")] = None,
     no_stream: Annotated[bool, typer.Option("--no-stream", help="Print the output when it is whole.")] = False,
     explain: Annotated[bool, typer.Option("--explain", help="Show how the worker was chosen (stderr).")] = False,

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -25,6 +26,8 @@ from kvmesh.cli.streams import give_up_stdout, open_closed_streams
 from kvmesh.cli.up import up
 from kvmesh.core.suggestions import suggestion
 
+_FLAG = re.compile(r"--[a-zA-Z][\w-]*")
+"""What can be meant for a flag; what else begins with a dash is a prompt."""
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
 """What writing to a full or broken disk fails with; stdout is the only file that commands write as they please."""
 
@@ -136,6 +139,8 @@ def _failure_text(error: Any) -> str:
         if option is not None and text.startswith("No such option"):
             known = [name for parameter in context.command.params for name in parameter.opts if name.startswith("--")]
             text = f"no such option: {option}; {suggestion(option, [*known, '--help'])}"
+            if context.command.name == "generate" and not _FLAG.fullmatch(option):
+                text = 'a prompt that begins with a dash goes after --, as in kvmesh generate -- "- list"'
         text = f"{text[:1].lower()}{text[1:].rstrip('.')} (see {context.command_path} --help)"
     return text
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvmesh.cli.options import DEFAULT_TARGET, CommandFailed, Target, Timeout
+from kvmesh.cli.options import DEFAULT_TARGET, CommandFailed, Speed, Target, Timeout
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,9 +31,7 @@ def replay(
         ),
     ],
     limit: Annotated[int | None, typer.Option("--limit", metavar="N", min=1, help="Only the first N requests.")] = None,
-    speed: Annotated[
-        float, typer.Option("--speed", metavar="X", min=0.001, help="Divides the times between requests.")
-    ] = 1.0,
+    speed: Speed = 1.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     model: Annotated[str, typer.Option("--model", help="Model; may be left out while the mesh serves one.")] = "",
     target: Target = DEFAULT_TARGET,

@@ -11,7 +11,7 @@ import typer
 
 from kvmesh.cli import mesh_flags, simulate_options
 from kvmesh.cli.given_settings import given_settings
-from kvmesh.cli.options import CommandFailed
+from kvmesh.cli.options import CommandFailed, Speed
 from kvmesh.cli.running import policy_options
 from kvmesh.cli.simulate_options import DEFAULT_POLICIES, UNBOUNDED
 from kvmesh.simulate.options import CostModel, Order
@@ -32,7 +32,7 @@ def simulate(
     prefill: simulate_options.PrefillWorkers = 0,
     blocks: simulate_options.Blocks = "16384",
     block_size: simulate_options.BlockSize = 64,
-    speed: simulate_options.Speed = 1.0,
+    speed: Speed = 1.0,
     order: simulate_options.RequestOrder = Order.TIME,
     seed: simulate_options.Seed = 0,
     policy: simulate_options.Policies = None,

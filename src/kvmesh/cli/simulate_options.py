@@ -5,10 +5,12 @@ from typing import Annotated
 
 import typer
 
+from kvmesh.cli.options import within
 from kvmesh.simulate.options import CostModel, Order
 
 UNBOUNDED = "unbounded"
 DEFAULT_POLICIES = ("round_robin", "kv_aware", "least_work")
+_MAX_WORKERS = 10_000
 
 Trace = Annotated[
     Path,
@@ -20,15 +22,25 @@ Trace = Annotated[
         readable=True,
     ),
 ]
-Workers = Annotated[int, typer.Option("--workers", metavar="N", min=1, help="Decode workers.")]
+Workers = Annotated[
+    int,
+    typer.Option(
+        "--workers", metavar="N", help=f"Decode workers; 1 to {_MAX_WORKERS}.", callback=within(1, _MAX_WORKERS)
+    ),
+]
 PrefillWorkers = Annotated[
-    int, typer.Option("--prefill", metavar="N", min=0, help="Prefill workers, fed by the prefill queue.")
+    int,
+    typer.Option(
+        "--prefill",
+        metavar="N",
+        help=f"Prefill workers, fed by the prefill queue; up to {_MAX_WORKERS}.",
+        callback=within(0, _MAX_WORKERS),
+    ),
 ]
 Blocks = Annotated[str, typer.Option("--blocks", metavar="N|unbounded", help="KV blocks of each worker.")]
 BlockSize = Annotated[
     int, typer.Option("--block-size", metavar="TOKENS", min=1, help="Tokens in a block; it divides 512.")
 ]
-Speed = Annotated[float, typer.Option("--speed", metavar="X", min=0.001, help="Divides the times between requests.")]
 RequestOrder = Annotated[
     Order, typer.Option("--order", help="time: at their times; file: each ends before the next, no queueing.")
 ]

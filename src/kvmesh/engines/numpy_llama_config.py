@@ -128,12 +128,12 @@ class _Reader:
 
     def _number(self, key: str, default: T, table: Mapping[str, Any] | None = None) -> T:
         """Return a number above 0; a default of 0 stands for none."""
-        value = (self.values if table is None else table).get(key)
-        if value is None:
-            value = default
+        given = (self.values if table is None else table).get(key)
+        value = default if given is None else given
         kinds = (int, float) if isinstance(default, float) else (int,)
         if not isinstance(value, kinds) or isinstance(value, bool) or not value > 0:
-            raise self._refusal(key, value or "missing", "a whole number above 0" if len(kinds) == 1 else "above 0")
+            shown = "missing" if given is None else given
+            raise self._refusal(key, shown, "a whole number above 0" if len(kinds) == 1 else "above 0")
         return type(default)(value)
 
     def _refusal(self, key: str, value: object, supported: str) -> FixRequestError:

@@ -257,6 +257,20 @@ async def test_without_a_mesh_the_error_says_how_to_start_one() -> None:
     assert len(err.splitlines()) == 1
 
 
+async def test_a_port_that_answers_in_http_is_taken_for_the_http_port() -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
+        await reader.read()  # to close with bytes unread would reset the connection
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        result = await run_cli("status", "--target", address)
+
+    said = "does not speak gRPC: is it the HTTP port? --target wants that of gRPC"
+    assert result == (1, "", f"error: {address} {said}\n")
+
+
 async def test_generate_prints_the_output_and_a_footer_beside_it(mesh: MeshServer) -> None:
     arguments = ("--model", "tiny", "--max-tokens", "3", "--temperature", "0", "--target", mesh.address)
     code, out, err = await run_cli("generate", "Tell me a joke", *arguments)

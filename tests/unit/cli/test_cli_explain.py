@@ -209,6 +209,26 @@ def test_prompt_similarity_cannot_be_asked_again(folder: Path, log: Path, explai
     assert explained(log, "--policy", "round_robin")[0] == 0
 
 
+def test_a_line_of_a_policy_that_cannot_be_asked_again_is_shown_as_it_was_logged(log: Path, explained: Any) -> None:
+    write_log(log, RoundRobin(), {"policy": "prompt_similarity"})
+
+    code, out, err = explained(log, "--line", 1)
+    as_json = json.loads(explained(log, "--line", 1, "--json")[1])
+
+    assert code == 0
+    assert {line.split()[0] for line in out.splitlines()[1:3]} == {"a", "b"}
+    assert err.startswith("shown as it was logged: prompt_similarity cannot be asked again")
+    assert as_json["logged"] == as_json["explanation"]["worker_id"] == json.loads(log.read_text())["worker_id"]
+    assert (as_json["now"], as_json["same"]) == (None, None)
+
+
+@pytest.mark.parametrize("policy", ["kv_aware", "prompt_similarity"])
+def test_a_line_beyond_the_end_is_answered_with_how_many_there_are(log: Path, explained: Any, policy: str) -> None:
+    write_log(log, KvAware(), {"policy": policy}, before="\n")
+
+    assert explained(log, "--line", 3) == (2, "", f"error: {log}: no such line: the file has 2\n")
+
+
 def test_a_policy_without_costs_shows_none(folder: Path, explained: Any) -> None:
     path = folder / "decisions.jsonl"
     write_log(path, RoundRobin(), {"policy": "round_robin"})

@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from kvmesh.cli.main import main
+from kvmesh.cli.options import default_target
 from kvmesh.cli.running import engine_options
 from kvmesh.runtime.settings import Settings
 
@@ -160,7 +162,10 @@ def test_engine_options_are_split_at_the_first_equals_sign() -> None:
     assert by_key == {"engine.options.total_blocks": "512", "engine.options.note": "a=b", "engine.options.empty": ""}
 
 
-@pytest.mark.parametrize("target", ["127.0.0.1", "127.0.0.1:", ":50051", "127.0.0.1:port", "127.0.0.1:70000"])
+@pytest.mark.parametrize(
+    "target",
+    ["127.0.0.1", "127.0.0.1:", ":50051", "127.0.0.1:port", "127.0.0.1:70000", "http://127.0.0.1:50051", "::1:50051"],
+)
 def test_a_target_without_host_or_port_is_refused(target: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code_of("status", "--target", target) == 2
 
@@ -168,7 +173,101 @@ def test_a_target_without_host_or_port_is_refused(target: str, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["127.0.0.1"], ["127.0.0.1:1", "--servic", "x"], ["127.0.0.1:1", "--timeout", "0"]]
+    ("command", "flag", "value", "said"),
+    [
+        ("generate hi", "--max-tokens", "4294967296", "4294967296 is out of range: 1 to 4294967295"),
+        ("generate hi", "--max-tokens", "0", "0 is out of range: 1 to 4294967295"),
+        ("generate hi", "--timeout", "1e6", "1000000.0 is out of range: 0.001 to 86400"),
+        ("status", "--timeout", "inf", "inf is out of range: 0.001 to 86400"),
+        ("status", "--timeout", "0", "0.0 is out of range: 0.001 to 86400"),
+        ("drain NODE1/prefill/0", "--timeout", "1e300", "1e+300 is out of range: 0 to 86400"),
+        ("drain NODE1/prefill/0", "--timeout", "-1", "-1.0 is out of range: 0 to 86400"),
+        (f"replay {__file__}", "--timeout", "nan", "nan is out of range: 0.001 to 86400"),
+        (f"replay {__file__}", "--speed", "inf", "inf is out of range: 0.001 to 1000000"),
+    ],
+)
+def test_a_number_out_of_range_is_refused_before_anything_is_called(
+    command: str, flag: str, value: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code_of(*command.split(), flag, value) == 2
+
+    name = command.split(maxsplit=1)[0]
+    assert capsys.readouterr().err == f"error: invalid value for '{flag}': {said} (see kvmesh {name} --help)\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "bound"),
+    [("generate", "1 to 4294967295"), ("status", "0.001 to 86400"), ("probe", "0.001 to 86400"), ("drain", "86400")],
+)
+def test_help_says_the_bounds_of_numbers(command: str, bound: str, capsys: pytest.CaptureFixture[str]) -> None:
+    exit_code_of(command, "--help")
+
+    assert bound in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("prompt", ["- list", "-5 degrees", "--- a line", "--wrong or right?"])
+def test_a_prompt_that_begins_with_a_dash_is_answered_with_how_it_is_given(
+    prompt: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code_of("generate", prompt) == 2
+
+    assert 'kvmesh generate -- "- list"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "target"),
+    [
+        ("", "", "127.0.0.1:50051"),
+        ("", "47500", "127.0.0.1:47500"),
+        ("10.0.0.7", "", "10.0.0.7:50051"),
+        ("0.0.0.0", "47500", "127.0.0.1:47500"),
+        ("::", "47500", "[::1]:47500"),
+        ("fe80::1", "47500", "[fe80::1]:47500"),
+    ],
+)
+def test_commands_call_where_the_environment_has_the_mesh_serve(
+    host: str, port: str, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVMESH_GRPC__HOST", host)
+    monkeypatch.setenv("kvmesh_grpc__port", port)
+
+    assert default_target() == target
+
+
+def test_a_target_given_goes_before_the_environment(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
+        ports = [each.getsockname()[1] for each in (one, other)]
+    monkeypatch.setenv("KVMESH_GRPC__PORT", str(ports[0]))
+
+    exit_code_of("undrain", "NODE1/decode/0")
+    of_environment = capsys.readouterr().err
+    exit_code_of("undrain", "NODE1/decode/0", "--target", f"127.0.0.1:{ports[1]}")
+
+    assert of_environment.startswith(f"error: cannot reach 127.0.0.1:{ports[0]} (")
+    assert capsys.readouterr().err.startswith(f"error: cannot reach 127.0.0.1:{ports[1]} (")
+
+
+def test_a_default_target_of_any_free_port_is_refused_by_the_variables_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("KVMESH_GRPC__PORT", "0")
+
+    assert exit_code_of("status") == 2
+
+    assert "KVMESH_GRPC__PORT make '127.0.0.1:0'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["127.0.0.1"],
+        ["127.0.0.1:1", "--servic", "x"],
+        ["127.0.0.1:1", "--timeout", "0"],
+        ["127.0.0.1:1", "--timeout", "1e10"],
+    ],
 )
 def test_probe_exits_1_on_bad_flags(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code_of("probe", *arguments) == 1

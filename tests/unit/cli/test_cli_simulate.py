@@ -153,6 +153,23 @@ def test_a_number_of_blocks_that_is_none_is_refused(trace: Path) -> None:
     assert "unbounded" in result.output
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "range_"),
+    [
+        ("--workers", 0, "1 to 10000"),
+        ("--workers", 100_000_000, "1 to 10000"),
+        ("--prefill", 10_001, "0 to 10000"),
+        ("--speed", "inf", "0.001 to 1000000"),
+        ("--speed", "nan", "0.001 to 1000000"),
+    ],
+)
+def test_a_number_out_of_range_is_refused_at_once(trace: Path, flag: str, value: object, range_: str) -> None:
+    result = CliRunner().invoke(app, [str(trace), flag, str(value)])
+
+    assert result.exit_code == 2
+    assert f"{value} is out of range: {range_}" in result.output
+
+
 def test_a_policy_of_ones_own_is_simulated(trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "first_worker.py").write_text(
         "class First:\n    def select(self, query, candidates, rng):\n        return candidates[0].worker\n"
