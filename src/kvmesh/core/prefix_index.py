@@ -125,10 +125,6 @@ class PrefixIndex:
         else:
             self._limits[worker] = max_blocks
 
-    def is_incomplete(self, worker: WorkerRank) -> bool:
-        """Tell whether something of a rank was refused or dropped for want of room since it was cleared. O(1)."""
-        return worker in self._incomplete
-
     @property
     def stats(self) -> IndexStats:
         """Return the current figures; O(workers)."""

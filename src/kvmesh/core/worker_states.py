@@ -147,10 +147,6 @@ class WorkerStates:
         self._fields.degrade(worker)
         return True
 
-    def is_index_incomplete(self, worker: WorkerRank) -> bool:
-        """Tell whether the index had no room for something of a rank since it was last cleared."""
-        return self._event_index is not None and self._event_index.is_incomplete(worker)
-
     def apply_load(self, worker: WorkerRank, report: LoadReport, *, now: float) -> ReportResult:
         """Take a load report in; the bookings that it ends are returned."""
         if not self._roster.is_live(worker, report.epoch):

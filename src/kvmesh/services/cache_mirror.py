@@ -4,9 +4,10 @@
 
 Laws:
     - the position moves only with what is wholly in the index, so a stream that breaks anywhere goes on from there;
-    - where the index cannot be vouched for (a gap, an event that does not fit or for which there is no room, requests
-      that did not find what was predicted), the rank is degraded, so routed by load alone, until a whole snapshot has
-      come: not by its first part, after which the stream may break;
+    - where the index cannot be vouched for (a gap, an event that does not fit, requests that did not find what was
+      predicted), the rank is degraded, so routed by load alone, until a whole snapshot has come: not by its first part,
+      after which the stream may break. Blocks for which the index has no room are no such case: it then says too
+      little, and never too much;
     - the first recovery is at once, the next one not within `resync_s` of it: events churn, and a snapshot is dear. A
       mirror is of one incarnation, so a restarted worker is read at once.
 """
@@ -112,9 +113,6 @@ class CacheMirror:
 
     def _apply_events(self, message: _Message, *, now: float) -> bool:
         fits = [self._apply(event, now=now) for event in message.events]
-        if self._core.is_index_incomplete(self.worker):
-            self._recover("no_room", now=now)
-            return False
         if not all(fits):
             self._recover("unknown_parent", now=now)
             return False
