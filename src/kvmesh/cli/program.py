@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from contextlib import suppress
 
 _INTERRUPTED = 130
 
@@ -17,4 +18,7 @@ def main() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         run()
     except KeyboardInterrupt:
-        sys.exit(_INTERRUPTED)
+        # What the command held was given back on the way here; gRPC's threads must not keep an interrupted program.
+        with suppress(OSError):
+            sys.stdout.flush()
+        os._exit(_INTERRUPTED)
