@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import socket
-import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +16,7 @@ from grpc_health.v1 import health_pb2_grpc
 from kvmesh.core.errors import BackOffError, FixRequestError, NotKnownError, Reason
 from kvmesh.runtime.health import Health
 from kvmesh.runtime.interceptors import CallInterceptor
+from kvmesh.testing.mesh_process import PROGRAM
 from kvmesh.v1 import (
     frontend_pb2,
     frontend_pb2_grpc,
@@ -186,9 +186,7 @@ async def mesh() -> AsyncIterator[MeshServer]:
 
 async def start_cli(*arguments: str) -> asyncio.subprocess.Process:
     pipe = asyncio.subprocess.PIPE
-    return await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "kvmesh.cli.main", *arguments, stdout=pipe, stderr=pipe
-    )
+    return await asyncio.create_subprocess_exec(PROGRAM, *arguments, stdout=pipe, stderr=pipe)
 
 
 async def run_cli(*arguments: str) -> tuple[int | None, str, str]:
