@@ -13,9 +13,8 @@ from kvmesh import telemetry
 from kvmesh.gateway.failures import Failure, failure_of
 from kvmesh.gateway.request_guard import check_request
 from kvmesh.gateway.request_io import ClientGoneError, draining, header, send_bytes
+from kvmesh.wire.metadata import REQUEST_ID_KEY
 
-REQUEST_ID_KEY = "x-request-id"
-"""Header of the mesh's id of a request, on every reply."""
 CLIENT_REQUEST_ID_KEY = "x-client-request-id"
 """Header of the client's own id on the reply to a request that brought one as its `x-request-id`."""
 OPENAI_PREFIX = "/v1/"

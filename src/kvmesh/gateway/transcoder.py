@@ -19,7 +19,7 @@ from kvmesh.gateway.call_metadata import metadata_of
 from kvmesh.gateway.failures import Failure
 from kvmesh.gateway.json_messages import in_one_line, to_json
 from kvmesh.gateway.request_binding import bind_request
-from kvmesh.gateway.request_frame import REQUEST_ID_KEY, request_id_of
+from kvmesh.gateway.request_frame import request_id_of
 from kvmesh.gateway.request_io import (
     StreamedReply,
     deadline,
@@ -32,6 +32,7 @@ from kvmesh.gateway.request_io import (
 )
 from kvmesh.gateway.rest_context import RestContext
 from kvmesh.gateway.routes import HttpRule
+from kvmesh.wire.metadata import REQUEST_ID_KEY
 
 NDJSON = b"application/x-ndjson"
 

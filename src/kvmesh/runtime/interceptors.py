@@ -27,9 +27,7 @@ from kvmesh.core.errors import FixRequestError, MeshError, NotServedError, Reaso
 from kvmesh.core.waits import Waits
 from kvmesh.services.stalled_clients import Writes, while_client_reads
 from kvmesh.wire import error_catalog
-
-REQUEST_ID_KEY = "x-request-id"
-"""Metadata key of the id that a call's log lines carry; it names log lines and is no key of anything."""
+from kvmesh.wire.metadata import REQUEST_ID_KEY
 
 _HELD_STREAM = re.compile(r"kvmesh\.v1\.\w+/(Watch\w*|Attach|Submit)")
 """Methods whose stream may be left unread: they keep what is newest. Every other stream carries one request."""

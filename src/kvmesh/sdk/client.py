@@ -24,6 +24,7 @@ from kvmesh.sdk.context import context
 from kvmesh.sdk.contract import decode_contract
 from kvmesh.sdk.records import contract_text
 from kvmesh.services.channels import mesh_error
+from kvmesh.wire.metadata import REQUEST_ID_KEY
 
 if TYPE_CHECKING:
     from kvmesh.sdk.runtime import Runtime
@@ -34,8 +35,6 @@ _State = grpc.ChannelConnectivity
 _ATTEMPTS = 2
 _DETAILS = "grpc-status-details-bin"
 """Trailer with the ErrorInfo that every error of a server of ours has; gRPC's own errors have none."""
-_REQUEST_ID_KEY = "x-request-id"
-"""Metadata by which a call is logged under the id of the request in which it is made."""
 _LOOK_AGAIN_S = 0.2
 
 
@@ -161,7 +160,7 @@ class Client:
         if not await _is_connected(channel, deadline):
             raise _UnreachedError(f"{record.worker_id} is not reached at {record.address}")
         timeout_s = max(deadline - asyncio.get_running_loop().time(), 0.0)
-        metadata = ((_REQUEST_ID_KEY, context.request_id),) if context.request_id else ()
+        metadata = ((REQUEST_ID_KEY, context.request_id),) if context.request_id else ()
         if not method.server_streaming:
             yield await channel.unary_unary(path, _as_is, _as_is)(data, timeout=timeout_s, metadata=metadata)
             return

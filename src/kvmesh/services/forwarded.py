@@ -18,13 +18,12 @@ from kvmesh.core.errors import MeshError, NotServedError, Reason, TryElsewhereEr
 from kvmesh.services.channels import Channels
 from kvmesh.services.running_calls import RunningCalls
 from kvmesh.wire.error_catalog import from_rpc_error
+from kvmesh.wire.metadata import REQUEST_ID_KEY
 
 _QUESTION_S = 5.0
 """Bound of a question whose client set none; what is watched has no end."""
 _LONGEST_S = 86_400.0
 """gRPC takes a deadline of centuries for one that has passed."""
-_REQUEST_ID_KEY = "x-request-id"
-"""Metadata of the id under which a call is logged, here and where it goes."""
 _C = grpc.StatusCode
 _CODES_OF_GRPC_ITSELF = frozenset(
     {
@@ -124,13 +123,13 @@ def _timeout_s(context: Any, default_s: float | None) -> float | None:
 def _metadata(context: Any) -> tuple[tuple[str, str | bytes], ...]:
     """Return the caller's metadata, without what each connection says for itself, and with the id that the call got."""
     request_id: str | None = getattr(context, "request_id", None)  # None where the caller's own is kept
-    left_out = {"user-agent"} if request_id is None else {"user-agent", _REQUEST_ID_KEY}
+    left_out = {"user-agent"} if request_id is None else {"user-agent", REQUEST_ID_KEY}
     passed_on = tuple(
         (key, value)
         for key, value in context.invocation_metadata() or ()
         if key not in left_out and not key.startswith("grpc-")
     )
-    return passed_on if request_id is None else (*passed_on, (_REQUEST_ID_KEY, request_id))
+    return passed_on if request_id is None else (*passed_on, (REQUEST_ID_KEY, request_id))
 
 
 async def _end_as_told(exc: grpc.aio.AioRpcError, context: Any) -> None:

@@ -1,7 +1,7 @@
 """Streams between a client and a server of one process: the same handlers and messages as over gRPC, without a socket.
 
-A socket within one process costs what it costs between two: each message passes two threads of gRPC and the kernel,
-a third of what a request costs. Here a message is handed over by reference, and belongs to its reader from then on.
+A socket within one process costs what it costs between two: each message passes two threads of gRPC and the kernel, up
+to a third of what a request costs. Here a message is handed over by reference, and belongs to its reader from then on.
 
 Laws:
     - each direction holds one message: a writer waits for a reader that is behind, as on a connection that is full;

@@ -1,8 +1,8 @@
 """PrefillQueue: leased prefill tasks, served over the pure `LeaseQueue`.
 
 Every call is one moment: the core is asked at the loop's time, then its effects are delivered to the streams that wait
-for them and the one timer is set to the core's next deadline. No call awaits between asking the core and its answer,
-so a caller that is gone never leaves with a lease.
+for them and the one timer is set to the core's next deadline. No Lease awaits between asking the core and answering, so
+a caller that is gone never leaves with a lease.
 """
 
 import asyncio
