@@ -12,7 +12,7 @@ ADD_NIXL = $(UV) pip install --quiet --python $(BIN)/python --no-deps --only-bin
 PROTO_FILES = $(sort $(wildcard protos/kvmesh/v1/*.proto protos/kvmesh/etcd/v1/*.proto))
 
 .PHONY: help install install-dev install-oracle install-judges install-programs install-node install-chromium install-nixl install-hf run test
-.PHONY: check lint types protos proto-lint bench bench-grpc bench-replay bench-route bench-index bench-quality bench-queue bench-transfer bench-disagg
+.PHONY: check lint types protos proto-lint bench bench-grpc bench-replay bench-route bench-remote-route bench-index bench-quality bench-queue bench-transfer bench-disagg
 .PHONY: soak chaos bench-peers-install lock clean
 
 help: ## List the targets
@@ -141,6 +141,9 @@ bench-replay: install-dev ## Replay TRACE (Mooncake's format) through a mesh of 
 # The benches below take further arguments: `make bench-route ARGS=--help`.
 bench-route: install-dev ## Measure a routing decision, beside the peer's: hash and match, select, reserve to release
 	@$(BIN)/python bench/route.py $(ARGS)
+
+bench-remote-route: install-dev ## Measure what a decision costs a router that is asked over gRPC, beside one asked in its process
+	@$(BIN)/python bench/remote_route.py $(ARGS)
 
 bench-index: install-dev ## Measure the prefix index, beside the peer's: matches, events, bytes per (worker, block) pair
 	@$(BIN)/python bench/prefix_index.py $(ARGS)

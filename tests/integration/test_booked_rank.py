@@ -60,7 +60,7 @@ async def local(discovery: MemoryDiscovery) -> AsyncIterator[LocalRouter]:
 async def remote(discovery: MemoryDiscovery, local: LocalRouter) -> AsyncIterator[RemoteRouter]:
     """The same router, over gRPC."""
     server = grpc.aio.server(interceptors=[CallInterceptor()])
-    router_pb2_grpc.add_RouterServicer_to_server(Router(local, route_wait_s=10.0), server)
+    router_pb2_grpc.add_RouterServicer_to_server(Router(local, waits=Waits(route_s=10.0)), server)
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
     await discovery.register(

@@ -62,7 +62,7 @@ async def bench(*, router_s: float = 0.3, **router: Any) -> AsyncIterator[Bench]
         local.start()
         stack.push_async_callback(local.aclose)
         server = grpc.aio.server(interceptors=[CallInterceptor()])
-        router_pb2_grpc.add_RouterServicer_to_server(Router(local, route_wait_s=10.0), server)
+        router_pb2_grpc.add_RouterServicer_to_server(Router(local, waits=Waits(route_s=10.0)), server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         stack.push_async_callback(server.stop, None)

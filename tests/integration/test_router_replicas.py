@@ -12,6 +12,7 @@ import pytest
 
 from kvmesh.core.ids import RouterId, WorkerId
 from kvmesh.core.policies.policy import build_policy
+from kvmesh.core.waits import Waits
 from kvmesh.discovery.memory import MemoryDiscovery
 from kvmesh.engines.engine import EngineLoad
 from kvmesh.runtime.interceptors import CallInterceptor
@@ -67,7 +68,7 @@ async def replica(discovery: MemoryDiscovery, name: str) -> AsyncIterator[Replic
         rng=random.Random(name),
     )
     router.start()
-    service = Router(router, route_wait_s=1.0)
+    service = Router(router, waits=Waits(route_s=1.0))
     server = grpc.aio.server(interceptors=[CallInterceptor()])
     router_pb2_grpc.add_RouterServicer_to_server(service, server)
     port = server.add_insecure_port("127.0.0.1:0")

@@ -10,6 +10,7 @@ import pytest
 
 from kvmesh.core.ids import RouterId
 from kvmesh.core.policies.policy import build_policy
+from kvmesh.core.waits import Waits
 from kvmesh.discovery.memory import MemoryDiscovery
 from kvmesh.runtime.interceptors import CallInterceptor
 from kvmesh.services.local_router import LocalRouter
@@ -50,7 +51,7 @@ async def stub(discovery: MemoryDiscovery, workers: list[ScriptedWorker]) -> Asy
         rng=random.Random(3),
     )
     router.start()
-    service = Router(router, route_wait_s=0.05)
+    service = Router(router, waits=Waits(route_s=0.05))
     server = grpc.aio.server(interceptors=[CallInterceptor()])
     router_pb2_grpc.add_RouterServicer_to_server(service, server)
     port = server.add_insecure_port("127.0.0.1:0")

@@ -9,6 +9,7 @@ from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.rpc import status_pb2 as _status_pb2
 from kvmesh.v1 import generation_pb2 as _generation_pb2
 import builtins as _builtins
 import sys
@@ -481,6 +482,174 @@ class RouterReleaseResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RouterReleaseResponse: _TypeAlias = RouterReleaseResponse  # noqa: Y015
+
+@_typing.final
+class RouterExchangeRequest(_message.Message):
+    """See Router.Exchange."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUESTIONS_FIELD_NUMBER: _builtins.int
+    WITHDRAWN_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def questions(self) -> _containers.RepeatedCompositeFieldContainer[Global___RouterQuestion]:
+        """Taken in this order; those after a Reserve do not wait for it."""
+
+    @_builtins.property
+    def withdrawn(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Ids of questions whose answer is of no more use. A Reserve that still waits is given up and answered CANCELLED;
+        others have been answered already.
+        """
+
+    def __init__(
+        self,
+        *,
+        questions: _abc.Iterable[Global___RouterQuestion] | None = ...,
+        withdrawn: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["questions", b"questions", "withdrawn", b"withdrawn"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RouterExchangeRequest: _TypeAlias = RouterExchangeRequest  # noqa: Y015
+
+@_typing.final
+class RouterQuestion(_message.Message):
+    """One question to the router."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUESTION_ID_FIELD_NUMBER: _builtins.int
+    SELECT_FIELD_NUMBER: _builtins.int
+    RESERVE_FIELD_NUMBER: _builtins.int
+    REPORT_PROGRESS_FIELD_NUMBER: _builtins.int
+    RELEASE_FIELD_NUMBER: _builtins.int
+    TIMEOUT_FIELD_NUMBER: _builtins.int
+    question_id: _builtins.int
+    """The answer carries it; not that of a question that waits, else the stream ends with INVALID_FIELD. 0 = none is
+    wanted, whatever becomes of it.
+    """
+    @_builtins.property
+    def select(self) -> Global___SelectRequest:
+        """As Router.Select."""
+
+    @_builtins.property
+    def reserve(self) -> Global___ReserveRequest:
+        """As Router.Reserve."""
+
+    @_builtins.property
+    def report_progress(self) -> Global___ReportProgressRequest:
+        """As Router.ReportProgress."""
+
+    @_builtins.property
+    def release(self) -> Global___RouterReleaseRequest:
+        """As Router.Release."""
+
+    @_builtins.property
+    def timeout(self) -> _duration_pb2.Duration:
+        """Ends with DEADLINE after this long, or with what it waited for a little earlier; above 0, unset = the router's
+        bounds.
+        """
+
+    def __init__(
+        self,
+        *,
+        question_id: _builtins.int = ...,
+        select: Global___SelectRequest | None = ...,
+        reserve: Global___ReserveRequest | None = ...,
+        report_progress: Global___ReportProgressRequest | None = ...,
+        release: Global___RouterReleaseRequest | None = ...,
+        timeout: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["question", b"question", "release", b"release", "report_progress", b"report_progress", "reserve", b"reserve", "select", b"select", "timeout", b"timeout"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["question", b"question", "question_id", b"question_id", "release", b"release", "report_progress", b"report_progress", "reserve", b"reserve", "select", b"select", "timeout", b"timeout"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_question: _TypeAlias = _typing.Literal["select", "reserve", "report_progress", "release"]  # noqa: Y015
+    _WhichOneofArgType_question: _TypeAlias = _typing.Literal["question", b"question"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_question) -> _WhichOneofReturnType_question | None: ...
+
+Global___RouterQuestion: _TypeAlias = RouterQuestion  # noqa: Y015
+
+@_typing.final
+class RouterExchangeResponse(_message.Message):
+    """See Router.Exchange."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ANSWERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def answers(self) -> _containers.RepeatedCompositeFieldContainer[Global___RouterAnswer]:
+        """One for each question that has an id."""
+
+    def __init__(
+        self,
+        *,
+        answers: _abc.Iterable[Global___RouterAnswer] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers", b"answers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RouterExchangeResponse: _TypeAlias = RouterExchangeResponse  # noqa: Y015
+
+@_typing.final
+class RouterAnswer(_message.Message):
+    """What became of one question."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUESTION_ID_FIELD_NUMBER: _builtins.int
+    SELECT_FIELD_NUMBER: _builtins.int
+    RESERVE_FIELD_NUMBER: _builtins.int
+    REPORT_PROGRESS_FIELD_NUMBER: _builtins.int
+    RELEASE_FIELD_NUMBER: _builtins.int
+    FAILED_FIELD_NUMBER: _builtins.int
+    question_id: _builtins.int
+    """The question's."""
+    @_builtins.property
+    def select(self) -> Global___SelectResponse:
+        """To `select`."""
+
+    @_builtins.property
+    def reserve(self) -> Global___ReserveResponse:
+        """To `reserve`."""
+
+    @_builtins.property
+    def report_progress(self) -> Global___ReportProgressResponse:
+        """To `report_progress`."""
+
+    @_builtins.property
+    def release(self) -> Global___RouterReleaseResponse:
+        """To `release`."""
+
+    @_builtins.property
+    def failed(self) -> _status_pb2.Status:
+        """It was refused: the code, the text and the details of the status its call would have."""
+
+    def __init__(
+        self,
+        *,
+        question_id: _builtins.int = ...,
+        select: Global___SelectResponse | None = ...,
+        reserve: Global___ReserveResponse | None = ...,
+        report_progress: Global___ReportProgressResponse | None = ...,
+        release: Global___RouterReleaseResponse | None = ...,
+        failed: _status_pb2.Status | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "failed", b"failed", "release", b"release", "report_progress", b"report_progress", "reserve", b"reserve", "select", b"select"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "failed", b"failed", "question_id", b"question_id", "release", b"release", "report_progress", b"report_progress", "reserve", b"reserve", "select", b"select"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_answer: _TypeAlias = _typing.Literal["select", "reserve", "report_progress", "release", "failed"]  # noqa: Y015
+    _WhichOneofArgType_answer: _TypeAlias = _typing.Literal["answer", b"answer"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_answer) -> _WhichOneofReturnType_answer | None: ...
+
+Global___RouterAnswer: _TypeAlias = RouterAnswer  # noqa: Y015
 
 @_typing.final
 class ExplainRequest(_message.Message):

@@ -55,6 +55,11 @@ class RouterStub(object):
                 request_serializer=kvmesh_dot_v1_dot_router__pb2.RouterReleaseRequest.SerializeToString,
                 response_deserializer=kvmesh_dot_v1_dot_router__pb2.RouterReleaseResponse.FromString,
                 _registered_method=True)
+        self.Exchange = channel.stream_stream(
+                '/kvmesh.v1.Router/Exchange',
+                request_serializer=kvmesh_dot_v1_dot_router__pb2.RouterExchangeRequest.SerializeToString,
+                response_deserializer=kvmesh_dot_v1_dot_router__pb2.RouterExchangeResponse.FromString,
+                _registered_method=True)
         self.Explain = channel.unary_unary(
                 '/kvmesh.v1.Router/Explain',
                 request_serializer=kvmesh_dot_v1_dot_router__pb2.ExplainRequest.SerializeToString,
@@ -121,6 +126,16 @@ class RouterServicer(object):
 
     def Release(self, request, context):
         """End a reservation. Idempotent for 300 s after the first; a key never seen is NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Exchange(self, request_iterator, context):
+        """Many of the questions above on one stream, in lists: the door for processors, because most of what a Select or a
+        Reserve of its own costs is the call. Answers come in lists as they are found, in any order; a question that is
+        refused fails alone, with the status that its call would have. After a half-close the stream ends with the last
+        answer. When it breaks, what waits for a worker or for room is given up, and bookings stand: ask again elsewhere.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -199,6 +214,11 @@ def add_RouterServicer_to_server(servicer, server):
                     servicer.Release,
                     request_deserializer=kvmesh_dot_v1_dot_router__pb2.RouterReleaseRequest.FromString,
                     response_serializer=kvmesh_dot_v1_dot_router__pb2.RouterReleaseResponse.SerializeToString,
+            ),
+            'Exchange': grpc.stream_stream_rpc_method_handler(
+                    servicer.Exchange,
+                    request_deserializer=kvmesh_dot_v1_dot_router__pb2.RouterExchangeRequest.FromString,
+                    response_serializer=kvmesh_dot_v1_dot_router__pb2.RouterExchangeResponse.SerializeToString,
             ),
             'Explain': grpc.unary_unary_rpc_method_handler(
                     servicer.Explain,
@@ -345,6 +365,33 @@ class Router(object):
             '/kvmesh.v1.Router/Release',
             kvmesh_dot_v1_dot_router__pb2.RouterReleaseRequest.SerializeToString,
             kvmesh_dot_v1_dot_router__pb2.RouterReleaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Exchange(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/kvmesh.v1.Router/Exchange',
+            kvmesh_dot_v1_dot_router__pb2.RouterExchangeRequest.SerializeToString,
+            kvmesh_dot_v1_dot_router__pb2.RouterExchangeResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -44,6 +44,12 @@ class RouterStub:
     """Say how reservations progress, in lists. Idempotent; an unknown key is listed in the answer and changes nothing."""
     Release: _grpc.UnaryUnaryMultiCallable[_router_pb2.RouterReleaseRequest, _router_pb2.RouterReleaseResponse]
     """End a reservation. Idempotent for 300 s after the first; a key never seen is NOT_FOUND."""
+    Exchange: _grpc.StreamStreamMultiCallable[_router_pb2.RouterExchangeRequest, _router_pb2.RouterExchangeResponse]
+    """Many of the questions above on one stream, in lists: the door for processors, because most of what a Select or a
+    Reserve of its own costs is the call. Answers come in lists as they are found, in any order; a question that is
+    refused fails alone, with the status that its call would have. After a half-close the stream ends with the last
+    answer. When it breaks, what waits for a worker or for room is given up, and bookings stand: ask again elsewhere.
+    """
     Explain: _grpc.UnaryUnaryMultiCallable[_router_pb2.ExplainRequest, _router_pb2.ExplainResponse]
     """Choose a worker without booking it and show every candidate with every term. Idempotent."""
     ListWorkers: _grpc.UnaryUnaryMultiCallable[_router_pb2.ListWorkersRequest, _router_pb2.ListWorkersResponse]
@@ -79,6 +85,12 @@ class RouterAsyncStub(RouterStub):
     """Say how reservations progress, in lists. Idempotent; an unknown key is listed in the answer and changes nothing."""
     Release: _aio.UnaryUnaryMultiCallable[_router_pb2.RouterReleaseRequest, _router_pb2.RouterReleaseResponse]  # type: ignore[assignment]
     """End a reservation. Idempotent for 300 s after the first; a key never seen is NOT_FOUND."""
+    Exchange: _aio.StreamStreamMultiCallable[_router_pb2.RouterExchangeRequest, _router_pb2.RouterExchangeResponse]  # type: ignore[assignment]
+    """Many of the questions above on one stream, in lists: the door for processors, because most of what a Select or a
+    Reserve of its own costs is the call. Answers come in lists as they are found, in any order; a question that is
+    refused fails alone, with the status that its call would have. After a half-close the stream ends with the last
+    answer. When it breaks, what waits for a worker or for room is given up, and bookings stand: ask again elsewhere.
+    """
     Explain: _aio.UnaryUnaryMultiCallable[_router_pb2.ExplainRequest, _router_pb2.ExplainResponse]  # type: ignore[assignment]
     """Choose a worker without booking it and show every candidate with every term. Idempotent."""
     ListWorkers: _aio.UnaryUnaryMultiCallable[_router_pb2.ListWorkersRequest, _router_pb2.ListWorkersResponse]  # type: ignore[assignment]
@@ -135,6 +147,18 @@ class RouterServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_router_pb2.RouterReleaseResponse, _abc.Awaitable[_router_pb2.RouterReleaseResponse]]:
         """End a reservation. Idempotent for 300 s after the first; a key never seen is NOT_FOUND."""
+
+    @_abc_1.abstractmethod
+    def Exchange(
+        self,
+        request_iterator: _MaybeAsyncIterator[_router_pb2.RouterExchangeRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_router_pb2.RouterExchangeResponse], _abc.AsyncIterator[_router_pb2.RouterExchangeResponse]]:
+        """Many of the questions above on one stream, in lists: the door for processors, because most of what a Select or a
+        Reserve of its own costs is the call. Answers come in lists as they are found, in any order; a question that is
+        refused fails alone, with the status that its call would have. After a half-close the stream ends with the last
+        answer. When it breaks, what waits for a worker or for room is given up, and bookings stand: ask again elsewhere.
+        """
 
     @_abc_1.abstractmethod
     def Explain(

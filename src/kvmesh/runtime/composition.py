@@ -170,7 +170,7 @@ class Composition:
                 index_mode=router.index,
             ),
             reservation_ttl_s=router.reservation_ttl_s,
-            route_wait_s=self._settings.waits.route_s,
+            waits=self._settings.waits,
             admission=_admission_rules(router),
             index=_index(router),
             decision_log=_decision_log(router),

@@ -10,6 +10,7 @@ from kvmesh.core.index_port import CacheIndex
 from kvmesh.core.policies.policy import Policy
 from kvmesh.core.roster import WorkerRole
 from kvmesh.core.routing import RoutingRules
+from kvmesh.core.waits import Waits
 from kvmesh.discovery.discovery import Discovery
 from kvmesh.runtime.role import Announcement, Listen, Service, stop_all
 from kvmesh.runtime.server import GrpcServer
@@ -30,8 +31,8 @@ class RouterPlan:
     policy: Policy
     rules: RoutingRules
     reservation_ttl_s: float
-    route_wait_s: float
-    """How long Reserve waits for a worker where there is none."""
+    waits: Waits
+    """How long Reserve waits for a worker where there is none, and an exchange for a client that does not read."""
     admission: AdmissionRules
     """How long it waits for one with room where all are overloaded."""
     index: CacheIndex
@@ -62,7 +63,7 @@ class RouterPart:
             decision_log=plan.decision_log,
             local=local,
         )
-        self._servicer = Router(self.router, route_wait_s=plan.route_wait_s)
+        self._servicer = Router(self.router, waits=plan.waits)
 
     @property
     def service(self) -> Service:

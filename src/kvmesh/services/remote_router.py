@@ -1,18 +1,14 @@
 """The router of another process, and what a processor does while it does not answer.
 
-Bookings are asked for one by one, since each waits for its answer; progress and releases go out in the background, in
-order and in lists. A router that is not reached within `waits.router_s`, or that has no answer by then and gives no
-sign of life for as long again, is done without: workers are then taken round robin from discovery, unbooked, and
-counted, at once while the router is suspect. See `RouterLiveness`.
+Bookings, progress and releases share one stream, see Router.Exchange. A router that is not reached within
+`waits.router_s`, or that has no answer by then and gives no sign of life for as long again, is done without: workers
+are then taken round robin from discovery, unbooked, and counted, at once while the router is suspect. See
+`RouterLiveness`.
 """
 
 import asyncio
 import itertools
 from collections.abc import Sequence
-from contextlib import suppress
-from typing import TYPE_CHECKING
-
-import grpc
 
 from kvmesh import telemetry
 from kvmesh.core.candidates import RoutingQuery
@@ -23,18 +19,15 @@ from kvmesh.core.waits import Waits
 from kvmesh.services.channels import Channels
 from kvmesh.services.owned_tasks import OwnedTasks
 from kvmesh.services.peers import Peers
+from kvmesh.services.router_exchange_client import RouterExchangeClient
 from kvmesh.services.router_liveness import RouterLiveness
 from kvmesh.services.routing_port import UNROUTED, Booking
 from kvmesh.v1 import router_pb2, router_pb2_grpc
-from kvmesh.wire.error_catalog import from_rpc_error
 from kvmesh.wire.routing import Progress, progress_to_proto, query_to_proto
-
-if TYPE_CHECKING:
-    from kvmesh.v1.router_pb2_grpc import RouterAsyncStub
+from kvmesh.wire.validation import duration
 
 log = telemetry.logger(__name__)
 
-_REPORT_TIMEOUT_S = 2.0
 _LOOK_AGAIN_S = 1.0
 """Between two looks at a router that lets a request wait, and lives."""
 UNBOOKED_NOTE = "no router answered: round robin, unbooked"
@@ -52,12 +45,15 @@ class RemoteRouter:
         self._channels = channels
         self._waits = waits
         self._turn = itertools.count()
+        self._exchanges: dict[str, RouterExchangeClient] = {}
         self._tasks = OwnedTasks()
         self._liveness = RouterLiveness(channels=channels, wait_s=waits.router_s, current=peers.router_address)
 
     async def aclose(self) -> None:
         """Stop reporting; bookings that were not released end by their workers' reports."""
         await self._tasks.aclose()
+        for exchange in list(self._exchanges.values()):
+            await exchange.aclose()
         await self._liveness.aclose()
 
     async def reserve(self, key: AttemptKey, query: RoutingQuery, *, wait_s: float, explain: bool) -> Booking:
@@ -68,13 +64,13 @@ class RemoteRouter:
         request = router_pb2.ReserveRequest(
             request_id=key.request_id, attempt=key.attempt, query=query_to_proto(query), explain=explain
         )
+        timeout_s = wait_s + self._admission_wait_s() + self._waits.connect_s
         try:
-            answer = await self._ask(address, request, wait_s + self._admission_wait_s() + self._waits.connect_s)
-        except grpc.aio.AioRpcError as exc:
-            error = from_rpc_error(exc)
+            answer = await self._ask(address, request, timeout_s)
+        except MeshError as error:
             if _is_routers_own(error):
-                raise error from exc
-            log.warning("router.lost", error=f"{exc.code().name}: {exc.details()}")
+                raise
+            log.warning("router.lost", error=error.message)
             answer = None
         if answer is None:
             return await self._unbooked(key, query, wait_s=wait_s, explain=explain)
@@ -92,14 +88,14 @@ class RemoteRouter:
     def report_progress(self, progress: Sequence[Progress]) -> None:
         """See `RoutingPort.report_progress`."""
         request = router_pb2.ReportProgressRequest(progress=[progress_to_proto(line) for line in progress])
-        self._tasks.start(self._report(request), name="router-progress")
+        self._tell(router_pb2.RouterQuestion(report_progress=request))
 
     def release(self, booking: Booking, *, cached_tokens: int | None = None) -> None:
         """See `RoutingPort.release`."""
         if booking.router_id != UNROUTED:
             key = router_pb2.ReservationKey(request_id=booking.key.request_id, attempt=booking.key.attempt)
             request = router_pb2.RouterReleaseRequest(key=key, cached_tokens=cached_tokens)
-            self._tasks.start(self._release(request), name="router-release")
+            self._tell(router_pb2.RouterQuestion(release=request))
 
     def _admission_wait_s(self) -> float:
         """Return how long the router may let a request wait for room, by what it says of itself."""
@@ -113,22 +109,55 @@ class RemoteRouter:
         self, address: str, request: router_pb2.ReserveRequest, timeout_s: float
     ) -> router_pb2.ReserveResponse | None:
         """Have the router book, however long it may let the request wait; None once it gives no sign of life."""
-        reserve = asyncio.ensure_future(_reserve(self._stub(address), request, timeout_s))
-        look_after_s = self._waits.router_s
+        question = router_pb2.RouterQuestion(reserve=request, timeout=duration(timeout_s))
+        booked = self._exchange(address).ask(question)
+        now = asyncio.get_running_loop().time
+        until, look_after_s = now() + timeout_s, self._waits.router_s
         try:
-            while not (await asyncio.wait([reserve], timeout=look_after_s))[0]:
-                if not await self._liveness.answers(address) and not reserve.done():
-                    return None
+            while not (await asyncio.wait([booked], timeout=look_after_s))[0]:
+                is_alive = await self._liveness.answers(address)
                 look_after_s = max(look_after_s, _LOOK_AGAIN_S)
-            return reserve.result()
+                if not booked.done() and not (is_alive and now() < until + look_after_s):
+                    return None
+            return booked.result().reserve
         finally:
-            reserve.cancel()
+            booked.cancel()
+
+    def _tell(self, question: router_pb2.RouterQuestion) -> None:
+        """Send what waits for no answer, at once where an exchange is open, so that it keeps its order."""
+        address = self._peers.router_address()
+        if address is not None and address in self._exchanges:
+            self._exchanges[address].tell(question)
+        else:
+            self._tasks.start(self._tell_later(question), name="router-tell")
+
+    async def _tell_later(self, question: router_pb2.RouterQuestion) -> None:
+        address = await self._reach()
+        if address is not None:  # else the booking ends by its worker's reports, or with its time
+            self._exchange(address).tell(question)
+
+    def _exchange(self, address: str) -> RouterExchangeClient:
+        """Return the exchange with the router there, opened on first use."""
+        exchange = self._exchanges.get(address)
+        if exchange is None:
+            exchange = self._exchanges[address] = RouterExchangeClient(
+                router_pb2_grpc.RouterStub(self._channels.get(address)).Exchange(),
+                write_timeout_s=self._waits.exchange_write_s,
+                on_end=lambda ended: self._forget(address, ended),
+            )
+        return exchange
+
+    def _forget(self, address: str, ended: RouterExchangeClient) -> None:
+        if self._exchanges.get(address) is ended:
+            del self._exchanges[address]
 
     async def _reach(self) -> str | None:
         """Return where the router is once it is connected; None when that takes too long, or it is suspect."""
         address = self._peers.router_address()
         if address is None or self._liveness.is_suspect(address):
             return None
+        if address in self._exchanges:
+            return address
         try:
             async with asyncio.timeout(self._waits.router_s):
                 await self._channels.get(address).channel_ready()
@@ -136,9 +165,6 @@ class RemoteRouter:
             self._liveness.suspect(address)
             return None
         return address
-
-    def _stub(self, address: str) -> "RouterAsyncStub":
-        return router_pb2_grpc.RouterStub(self._channels.get(address))
 
     async def _unbooked(self, key: AttemptKey, query: RoutingQuery, *, wait_s: float, explain: bool) -> Booking:
         record = await self._next_worker(query, wait_s=wait_s)
@@ -173,27 +199,6 @@ class RemoteRouter:
 
     def _workers(self, query: RoutingQuery) -> Sequence[WorkerRecord]:
         return self._peers.roster.of(WorkerRole.DECODE, query.model)
-
-    async def _report(self, request: router_pb2.ReportProgressRequest) -> None:
-        address = await self._reach()
-        if address is not None:
-            with suppress(grpc.aio.AioRpcError):  # the next report, or a worker's own, brings the router up to date
-                await self._stub(address).ReportProgress(request, timeout=_REPORT_TIMEOUT_S)
-
-    async def _release(self, request: router_pb2.RouterReleaseRequest) -> None:
-        address = await self._reach()
-        if address is None:
-            return  # the booking ends by its worker's reports, or with its time
-        try:
-            await self._stub(address).Release(request, timeout=_REPORT_TIMEOUT_S)
-        except grpc.aio.AioRpcError as exc:
-            log.info("booking.not_released", request_id=request.key.request_id, error=exc.code().name)
-
-
-async def _reserve(
-    stub: "RouterAsyncStub", request: router_pb2.ReserveRequest, timeout_s: float
-) -> router_pb2.ReserveResponse:
-    return await stub.Reserve(request, timeout=timeout_s)
 
 
 def _is_routers_own(error: MeshError) -> bool:

@@ -6,11 +6,15 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
+import grpc
+
 from kvmesh.core.candidates import RoutingQuery, Selection
 from kvmesh.core.errors import Reason, TryElsewhereError
 from kvmesh.core.ids import WorkerId
+from kvmesh.core.waits import Waits
 from kvmesh.services.local_router import LocalRouter
 from kvmesh.services.recent_decisions import MAX_DECISIONS
+from kvmesh.services.router_exchange import RouterExchange
 from kvmesh.services.router_metrics import observe_stage
 from kvmesh.v1 import router_pb2, router_pb2_grpc
 from kvmesh.wire import routing, routing_answers
@@ -31,10 +35,10 @@ _ANSWER_MARGIN_S = 0.1
 class Router(router_pb2_grpc.RouterServicer):
     """Serves one router to other processes."""
 
-    def __init__(self, router: LocalRouter, *, route_wait_s: float) -> None:
-        """Serve `router`; Reserve waits up to `route_wait_s` for a worker where there is none."""
+    def __init__(self, router: LocalRouter, *, waits: Waits) -> None:
+        """Serve `router`; `waits` bounds Reserve where there is no worker, and an exchange that nobody reads."""
         self._router = router
-        self._route_wait_s = route_wait_s
+        self._waits = waits
         self._closing = asyncio.Event()
 
     def close(self) -> None:
@@ -44,46 +48,32 @@ class Router(router_pb2_grpc.RouterServicer):
 
     async def Select(self, request: router_pb2.SelectRequest, context: "Context") -> router_pb2.SelectResponse:
         """See the contract."""
-        selection = self._router.select(self._query(request.query))
-        return router_pb2.SelectResponse(worker=self._selected(selection))
+        return self._select(request)
 
     async def Reserve(self, request: router_pb2.ReserveRequest, context: "Context") -> router_pb2.ReserveResponse:
         """See the contract."""
-        key = routing.key_from_proto(request.request_id, request.attempt)
-        reservation = await self._router.reserve(
-            key, self._query(request.query), wait_s=self._route_wait_s, until=_before_deadline(context.time_remaining())
-        )
-        response = router_pb2.ReserveResponse(
-            worker=self._selected(reservation.selection),
-            router_id=self._router.router_id,
-            reservation_id=reservation.reservation_id,
-        )
-        if request.explain:
-            response.explanation.CopyFrom(
-                routing_answers.explanation_to_proto(self._router.explain_booked(reservation))
-            )
-        return response
+        return await self._reserve(request, context.time_remaining())
 
     async def ReportProgress(
         self, request: router_pb2.ReportProgressRequest, context: "Context"
     ) -> router_pb2.ReportProgressResponse:
         """See the contract."""
-        progress = [
-            routing.progress_from_proto(line, path=f"progress[{index}].") for index, line in enumerate(request.progress)
-        ]
-        unknown = self._router.report_progress(progress)
-        return router_pb2.ReportProgressResponse(
-            unknown=[router_pb2.ReservationKey(request_id=key.request_id, attempt=key.attempt) for key in unknown]
-        )
+        return self._report_progress(request)
 
     async def Release(
         self, request: router_pb2.RouterReleaseRequest, context: "Context"
     ) -> router_pb2.RouterReleaseResponse:
         """See the contract."""
-        key = routing.key_from_proto(request.key.request_id, request.key.attempt, path="key.")
-        has_said = request.HasField("cached_tokens")
-        self._router.release(key, cached_tokens=request.cached_tokens if has_said else None)
-        return router_pb2.RouterReleaseResponse()
+        return self._release(request)
+
+    async def Exchange(  # type: ignore[override]  # the stub's base is synchronous
+        self,
+        request_iterator: AsyncIterator[router_pb2.RouterExchangeRequest],
+        context: grpc.aio.ServicerContext,  # type: ignore[type-arg]
+    ) -> None:
+        """See the contract."""
+        exchange = RouterExchange(self._answer_at_once, self._reserve, write_timeout_s=self._waits.exchange_write_s)
+        await exchange.run(request_iterator, context, closing=self._closing)
 
     async def Explain(self, request: router_pb2.ExplainRequest, context: "Context") -> router_pb2.ExplainResponse:
         """See the contract."""
@@ -166,6 +156,55 @@ class Router(router_pb2_grpc.RouterServicer):
         held = self._router.dump_index(WorkerId(request.worker_id) if request.worker_id else None)
         for response in routing_answers.index_entries(held):
             yield response
+
+    def _answer_at_once(self, question: router_pb2.RouterQuestion, answer: router_pb2.RouterAnswer) -> None:
+        match question.WhichOneof("question"):
+            case "select":
+                answer.select.CopyFrom(self._select(question.select))
+            case "report_progress":
+                answer.report_progress.CopyFrom(self._report_progress(question.report_progress))
+            case "release":
+                answer.release.CopyFrom(self._release(question.release))
+            case _:
+                raise invalid("questions.question", "required: select, reserve, report_progress or release")
+
+    def _select(self, request: router_pb2.SelectRequest) -> router_pb2.SelectResponse:
+        selection = self._router.select(self._query(request.query))
+        return router_pb2.SelectResponse(worker=self._selected(selection))
+
+    async def _reserve(
+        self, request: router_pb2.ReserveRequest, remaining_s: float | None
+    ) -> router_pb2.ReserveResponse:
+        """Book; of `remaining_s`, None = without bound, the wait for room leaves time to say how it ended."""
+        key = routing.key_from_proto(request.request_id, request.attempt)
+        reservation = await self._router.reserve(
+            key, self._query(request.query), wait_s=self._waits.route_s, until=_before_deadline(remaining_s)
+        )
+        response = router_pb2.ReserveResponse(
+            worker=self._selected(reservation.selection),
+            router_id=self._router.router_id,
+            reservation_id=reservation.reservation_id,
+        )
+        if request.explain:
+            response.explanation.CopyFrom(
+                routing_answers.explanation_to_proto(self._router.explain_booked(reservation))
+            )
+        return response
+
+    def _report_progress(self, request: router_pb2.ReportProgressRequest) -> router_pb2.ReportProgressResponse:
+        progress = [
+            routing.progress_from_proto(line, path=f"progress[{index}].") for index, line in enumerate(request.progress)
+        ]
+        unknown = self._router.report_progress(progress)
+        return router_pb2.ReportProgressResponse(
+            unknown=[router_pb2.ReservationKey(request_id=key.request_id, attempt=key.attempt) for key in unknown]
+        )
+
+    def _release(self, request: router_pb2.RouterReleaseRequest) -> router_pb2.RouterReleaseResponse:
+        key = routing.key_from_proto(request.key.request_id, request.key.attempt, path="key.")
+        has_said = request.HasField("cached_tokens")
+        self._router.release(key, cached_tokens=request.cached_tokens if has_said else None)
+        return router_pb2.RouterReleaseResponse()
 
     def _query(self, query: router_pb2.RoutingQuery) -> RoutingQuery:
         began = time.perf_counter()

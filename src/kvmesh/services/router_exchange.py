@@ -1,0 +1,145 @@
+"""The router's end of Router.Exchange: many questions on one stream, answered in lists.
+
+Laws:
+    - a question with an id is answered once: by what its call would have returned, or by the status it would have;
+    - at most one message is unsent: what is answered while a write is under way travels in the next;
+    - when the stream ends, what waits for a worker or for room is given up.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import grpc
+import structlog
+
+from kvmesh import telemetry
+from kvmesh.core.errors import MeshError, OutOfTimeError, Reason, RequestCancelledError, TryElsewhereError
+from kvmesh.v1 import router_pb2
+from kvmesh.wire.error_catalog import foreseen_error, to_status
+from kvmesh.wire.validation import invalid, seconds
+
+log = telemetry.logger(__name__)
+
+_MAX_UNSENT = 256
+"""Answers that may wait for a client that does not read; until they are written, no more questions are taken."""
+_SHORTEST_TIMEOUT_S = 0.001
+
+AnswerAtOnce = Callable[[router_pb2.RouterQuestion, router_pb2.RouterAnswer], None]
+"""Writes what a question that never waits is answered. Raises: what its call raises."""
+Reserve = Callable[[router_pb2.ReserveRequest, float | None], Awaitable[router_pb2.ReserveResponse]]
+"""Books, in at most so many seconds. Raises: what its call raises."""
+
+
+class RouterExchange:
+    """One open exchange."""
+
+    def __init__(self, answer_at_once: AnswerAtOnce, reserve: Reserve, *, write_timeout_s: float) -> None:
+        """Ask `reserve` for bookings, which may wait, and `answer_at_once` for all else; see `run`."""
+        self._answer_at_once = answer_at_once
+        self._reserve = reserve
+        self._write_timeout_s = write_timeout_s
+        self._response = router_pb2.RouterExchangeResponse()
+        self._waiting: dict[int, asyncio.Task[None]] = {}
+        self._is_last = False
+        """Nothing will be asked any more, and nothing waits."""
+        self._ready = asyncio.Event()
+        self._taken = asyncio.Event()
+
+    async def run(
+        self,
+        requests: AsyncIterator[router_pb2.RouterExchangeRequest],
+        context: grpc.aio.ServicerContext,  # type: ignore[type-arg]
+        *,
+        closing: asyncio.Event,
+    ) -> None:
+        """Serve until the client half-closes and has every answer, goes away, stalls, or the router closes."""
+        async with asyncio.TaskGroup() as group:
+            closed = group.create_task(_until(closing))
+            group.create_task(self._read(requests, group))
+            await self._write(context)
+            closed.cancel()
+
+    async def _read(self, requests: AsyncIterator[router_pb2.RouterExchangeRequest], group: asyncio.TaskGroup) -> None:
+        async for request in requests:
+            for question in request.questions:
+                self._take(question, group)
+            for question_id in request.withdrawn:
+                if (task := self._waiting.get(question_id)) is not None:
+                    task.cancel()
+            while len(self._response.answers) >= _MAX_UNSENT:
+                self._taken.clear()
+                await self._taken.wait()
+        while self._waiting:
+            await asyncio.wait(self._waiting.values())
+        self._is_last = True
+        self._ready.set()
+
+    def _take(self, question: router_pb2.RouterQuestion, group: asyncio.TaskGroup) -> None:
+        question_id = question.question_id
+        if question_id in self._waiting:
+            raise invalid("questions.question_id", f"{question_id} is in use on this exchange")
+        answer = router_pb2.RouterAnswer(question_id=question_id)
+        if question.WhichOneof("question") == "reserve":
+            task = group.create_task(self._wait(question, answer))
+            if question_id:
+                self._waiting[question_id] = task
+            task.add_done_callback(lambda done: self._waited(done, answer))
+            return
+        try:
+            self._answer_at_once(question, answer)
+        except Exception as exc:  # fails alone, as its call would
+            answer.failed.CopyFrom(to_status(_mesh_error(exc)))
+        self._put(answer)
+
+    async def _wait(self, question: router_pb2.RouterQuestion, answer: router_pb2.RouterAnswer) -> None:
+        reserve = question.reserve
+        structlog.contextvars.bind_contextvars(request_id=reserve.request_id)
+        try:
+            timeout_s = None
+            if question.HasField("timeout"):
+                timeout_s = seconds(question.timeout, path="questions.timeout", low=_SHORTEST_TIMEOUT_S)
+            async with asyncio.timeout(timeout_s):
+                answer.reserve.CopyFrom(await self._reserve(reserve, timeout_s))
+        except TimeoutError:
+            answer.failed.CopyFrom(to_status(OutOfTimeError(Reason.DEADLINE, "the question's timeout is over")))
+        except Exception as exc:  # fails alone, as its call would
+            answer.failed.CopyFrom(to_status(_mesh_error(exc)))
+
+    def _waited(self, task: asyncio.Task[None], answer: router_pb2.RouterAnswer) -> None:
+        self._waiting.pop(answer.question_id, None)
+        if task.cancelled():
+            answer.failed.CopyFrom(to_status(RequestCancelledError(Reason.CANCELLED, "the question was withdrawn")))
+        self._put(answer)
+
+    def _put(self, answer: router_pb2.RouterAnswer) -> None:
+        if answer.question_id:
+            self._response.answers.append(answer)
+            self._ready.set()
+
+    async def _write(self, context: grpc.aio.ServicerContext) -> None:  # type: ignore[type-arg]
+        while not (self._is_last and not self._response.answers):
+            await self._ready.wait()
+            self._ready.clear()
+            response, self._response = self._response, router_pb2.RouterExchangeResponse()
+            self._taken.set()
+            if not response.answers:
+                continue
+            try:
+                async with asyncio.timeout(self._write_timeout_s):
+                    await context.write(response)
+            except TimeoutError as exc:
+                telemetry.WAIT_ENDED.labels(wait="exchange_write_s").inc()
+                raise OutOfTimeError(Reason.DEADLINE, f"no answer was taken for {self._write_timeout_s:g} s") from exc
+
+
+async def _until(closing: asyncio.Event) -> None:
+    await closing.wait()
+    raise TryElsewhereError(Reason.DRAINING, "this router is shutting down")
+
+
+def _mesh_error(exc: Exception) -> MeshError:
+    error = foreseen_error(exc)
+    if error is None:
+        log.error("router.question_failed", exc_info=exc)
+        return MeshError(Reason.INTERNAL, "")
+    return error
