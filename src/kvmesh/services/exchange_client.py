@@ -1,7 +1,6 @@
 """The processor's end of Exchange: one stream to a worker, many requests on it.
 
 Laws:
-    - one reader and one writer per exchange; gRPC forbids concurrent writes on a stream;
     - a request's events reach its `WorkerStream` in order and stop at its end: finished, or an error;
     - when the exchange breaks, every request on it fails with WORKER_LOST; nothing resumes, the next submit opens anew;
     - a receiver that does not take what arrives is bounded: beyond MAX_BUFFERED_TOKENS its request is cancelled.
@@ -17,6 +16,7 @@ from kvmesh import telemetry
 from kvmesh.core.errors import BackOffError, MeshError, OutOfTimeError, Reason, TryElsewhereError
 from kvmesh.core.waits import Waits
 from kvmesh.services.channels import Channels
+from kvmesh.services.duplex_call import DuplexCall
 from kvmesh.services.local_calls import LocalServers
 from kvmesh.services.owned_tasks import OwnedTasks
 from kvmesh.services.signal import Flag
@@ -141,23 +141,26 @@ class ExchangeClient:
         on_end: Callable[["ExchangeClient"], None],
     ) -> None:
         """Speak on `call`, `opening` first; `on_end` is told once, when the exchange is of no more use."""
-        self._call = call
         self._waits = waits
         self._on_end = on_end
         self._streams: dict[int, WorkerStream] = {}
         self._last_id = 0
         self._commands = [decode_worker_pb2.ExchangeRequest(open=opening)]
-        self._ready = asyncio.Event()
-        self._ready.set()
-        self._is_over = False
-        self._tasks = OwnedTasks()
-        self._tasks.start(self._read(), name="exchange-read")
-        self._tasks.start(self._write(), name="exchange-write")
-        self._tasks.start(self._sweep(), name="exchange-sweep")
+        self._sweeping = OwnedTasks()
+        self._sweeping.start(self._sweep(), name="exchange-sweep")
+        self._stream = DuplexCall(
+            call,
+            peer="worker",
+            write_timeout_s=waits.exchange_write_s,
+            to_send=self._to_send,
+            receive=self._apply,
+            on_end=self._ended,
+        )
+        self._stream.wake()
 
     def submit(self, request: decode_worker_pb2.DecodeRequest) -> WorkerStream:
         """Send a request. Raises: TryElsewhereError(WORKER_LOST) when the exchange has ended."""
-        if self._is_over:
+        if self._stream.is_over:
             raise TryElsewhereError(Reason.WORKER_LOST, "the exchange with this worker has ended")
         self._last_id += 1
         stream = WorkerStream(self, self._last_id, now=asyncio.get_running_loop().time())
@@ -168,43 +171,22 @@ class ExchangeClient:
 
     def cancel(self, stream_id: int) -> None:
         """Drop a request. Idempotent; nothing is sent for one that has ended."""
-        if self._streams.pop(stream_id, None) is not None and not self._is_over:
+        if self._streams.pop(stream_id, None) is not None and not self._stream.is_over:
             cancel = decode_worker_pb2.ExchangeCancel(stream_id=stream_id)
             self._post(decode_worker_pb2.ExchangeRequest(cancel=cancel))
 
     async def aclose(self) -> None:
         """End the exchange: the worker cancels what still runs on it."""
-        self._end("the processor is closing")
-        await self._tasks.aclose()
+        await self._stream.aclose("the processor is closing")
+        await self._sweeping.aclose()
 
     def _post(self, command: decode_worker_pb2.ExchangeRequest) -> None:
         self._commands.append(command)
-        self._ready.set()
+        self._stream.wake()
 
-    async def _write(self) -> None:
-        try:
-            while True:
-                await self._ready.wait()
-                self._ready.clear()
-                commands, self._commands = self._commands, []
-                async with asyncio.timeout(self._waits.exchange_write_s):
-                    for command in commands:
-                        await self._call.write(command)
-        except TimeoutError:
-            telemetry.WAIT_ENDED.labels(wait="exchange_write_s").inc()
-            self._end("the worker does not read")
-        except (grpc.RpcError, asyncio.InvalidStateError) as exc:
-            self._end(f"the exchange broke: {exc!r}")
-
-    async def _read(self) -> None:
-        why = "the worker ended the exchange"
-        try:
-            while (frame := await self._call.read()) is not grpc.aio.EOF:
-                self._apply(frame)
-        except grpc.aio.AioRpcError as exc:
-            why = f"the exchange broke: {exc.code().name}: {exc.details()}"
-        finally:
-            self._end(why)
+    def _to_send(self) -> list[decode_worker_pb2.ExchangeRequest]:
+        commands, self._commands = self._commands, []
+        return commands
 
     def _apply(self, frame: decode_worker_pb2.ExchangeResponse) -> None:
         self._apply_beginnings(frame)
@@ -264,13 +246,9 @@ class ExchangeClient:
             for stream in list(self._streams.values()):
                 stream.expire(self._waits, now)
 
-    def _end(self, why: str) -> None:
-        if self._is_over:
-            return
-        self._is_over = True
+    def _ended(self, why: str) -> None:
         self._on_end(self)
-        self._call.cancel()
-        self._tasks.cancel()
+        self._sweeping.cancel()
         streams, self._streams = self._streams, {}
         for stream in streams.values():
             stream.fail(TryElsewhereError(Reason.WORKER_LOST, why))

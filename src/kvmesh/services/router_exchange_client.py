@@ -1,7 +1,6 @@
 """The asking end of Router.Exchange: what is asked while a write is under way travels in the next message.
 
 Laws:
-    - one reader and one writer per exchange; gRPC forbids concurrent writes on a stream;
     - a question ends with its answer, with its refusal, or with WORKER_LOST when the exchange breaks: then it may have
       been done or not, and the next exchange knows nothing of it;
     - a booking that nobody waits for any more when it arrives is released.
@@ -12,11 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import grpc
-
-from kvmesh import telemetry
 from kvmesh.core.errors import Reason, TryElsewhereError
-from kvmesh.services.owned_tasks import OwnedTasks
+from kvmesh.services.duplex_call import DuplexCall
 from kvmesh.v1 import router_pb2
 from kvmesh.wire.error_catalog import from_status
 
@@ -41,18 +37,19 @@ class RouterExchangeClient:
         on_end: Callable[["RouterExchangeClient"], None],
     ) -> None:
         """Speak on `call`, each write bounded; `on_end` is told once, when the exchange is of no more use."""
-        self._call = call
-        self._write_timeout_s = write_timeout_s
         self._on_end = on_end
         self._asked: dict[int, _Asked] = {}
         self._last_id = 0
         self._questions: list[router_pb2.RouterQuestion] = []
         self._withdrawn: list[int] = []
-        self._ready = asyncio.Event()
-        self._is_over = False
-        self._tasks = OwnedTasks()
-        self._tasks.start(self._read(), name="router-exchange-read")
-        self._tasks.start(self._write(), name="router-exchange-write")
+        self._stream = DuplexCall(
+            call,
+            peer="router",
+            write_timeout_s=write_timeout_s,
+            to_send=self._to_send,
+            receive=self._take_all,
+            on_end=self._ended,
+        )
 
     def ask(self, question: router_pb2.RouterQuestion) -> "asyncio.Future[router_pb2.RouterAnswer]":
         """Send a question and return its answer to come; cancelling that withdraws the question.
@@ -60,7 +57,7 @@ class RouterExchangeClient:
         The future raises what the question's call would, and TryElsewhereError(WORKER_LOST) when the exchange breaks.
         """
         answer: asyncio.Future[router_pb2.RouterAnswer] = asyncio.get_running_loop().create_future()
-        if self._is_over:
+        if self._stream.is_over:
             answer.set_exception(_lost("it has ended"))
             return answer
         self._last_id += 1
@@ -73,46 +70,27 @@ class RouterExchangeClient:
     def tell(self, question: router_pb2.RouterQuestion) -> None:
         """Send a question without waiting for its answer; nothing happens once the exchange has ended."""
         self._questions.append(question)
-        self._ready.set()
+        self._stream.wake()
 
     async def aclose(self) -> None:
         """End the exchange; what has not been sent is not sent any more."""
-        self._end("the processor is closing")
-        await self._tasks.aclose()
+        await self._stream.aclose("the processor is closing")
 
     def _given_up(self, question_id: int) -> None:
-        if question_id in self._asked and not self._is_over:
+        if question_id in self._asked and not self._stream.is_over:
             self._withdrawn.append(question_id)
-            self._ready.set()
+            self._stream.wake()
 
-    async def _write(self) -> None:
-        try:
-            while True:
-                await self._ready.wait()
-                self._ready.clear()
-                while self._questions or self._withdrawn:
-                    questions, self._questions = self._questions[:_MAX_QUESTIONS], self._questions[_MAX_QUESTIONS:]
-                    withdrawn, self._withdrawn = self._withdrawn, []
-                    async with asyncio.timeout(self._write_timeout_s):
-                        await self._call.write(
-                            router_pb2.RouterExchangeRequest(questions=questions, withdrawn=withdrawn)
-                        )
-        except TimeoutError:
-            telemetry.WAIT_ENDED.labels(wait="exchange_write_s").inc()
-            self._end("the router does not read")
-        except (grpc.RpcError, asyncio.InvalidStateError) as exc:
-            self._end(f"the exchange broke: {exc!r}")
+    def _to_send(self) -> list[router_pb2.RouterExchangeRequest]:
+        if not self._questions and not self._withdrawn:
+            return []
+        questions, self._questions = self._questions[:_MAX_QUESTIONS], self._questions[_MAX_QUESTIONS:]
+        withdrawn, self._withdrawn = self._withdrawn, []
+        return [router_pb2.RouterExchangeRequest(questions=questions, withdrawn=withdrawn)]
 
-    async def _read(self) -> None:
-        why = "the router ended the exchange"
-        try:
-            while (response := await self._call.read()) is not grpc.aio.EOF:
-                for answer in response.answers:
-                    self._take(answer)
-        except grpc.aio.AioRpcError as exc:
-            why = f"the exchange broke: {exc.code().name}: {exc.details()}"
-        finally:
-            self._end(why)
+    def _take_all(self, response: router_pb2.RouterExchangeResponse) -> None:
+        for answer in response.answers:
+            self._take(answer)
 
     def _take(self, answer: router_pb2.RouterAnswer) -> None:
         asked = self._asked.pop(answer.question_id, None)
@@ -128,13 +106,8 @@ class RouterExchangeClient:
         else:
             asked.answer.set_result(answer)
 
-    def _end(self, why: str) -> None:
-        if self._is_over:
-            return
-        self._is_over = True
+    def _ended(self, why: str) -> None:
         self._on_end(self)
-        self._call.cancel()
-        self._tasks.cancel()
         asked, self._asked = self._asked, {}
         for one in asked.values():
             if not one.answer.done():
