@@ -11,7 +11,7 @@ from kvmesh.runtime.role import Announcement, Listen, Service, stop_all
 from kvmesh.runtime.router_role import RouterPart
 from kvmesh.runtime.server import GrpcServer
 from kvmesh.services.channels import Channels
-from kvmesh.services.exchange_client import ExchangePool
+from kvmesh.services.exchange_pool import ExchangePool
 from kvmesh.services.local_calls import LocalServers
 from kvmesh.services.peers import Peers
 from kvmesh.services.processor import Processor

@@ -17,7 +17,8 @@ from kvmesh.core.errors import MeshError, NotKnownError, OutOfTimeError, Reason,
 from kvmesh.core.ids import RequestId, WorkerId
 from kvmesh.core.roster import WorkerRecord, WorkerRole
 from kvmesh.core.waits import Waits
-from kvmesh.services.exchange_client import ExchangePool, WorkerStream
+from kvmesh.services.exchange_client import WorkerStream
+from kvmesh.services.exchange_pool import ExchangePool
 from kvmesh.services.logprobs import OutputLogprobs
 from kvmesh.services.output_text import OutputText
 from kvmesh.services.peers import Peers
