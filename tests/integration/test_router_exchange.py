@@ -44,10 +44,12 @@ Question = router_pb2.RouterQuestion
 class Served:
     """A router with one worker, and a channel to it."""
 
+    worker: ScriptedWorker
     local: LocalRouter
     service: Router
     server: grpc.aio.Server
     calls: CallInterceptor
+    channel: grpc.aio.Channel
     stub: "RouterAsyncStub"
 
     def active_requests(self) -> int:
@@ -86,7 +88,7 @@ async def served(*, waits: Waits | None = None, **router: Any) -> AsyncIterator[
             while not (states := local.workers()) or not states[0].report:
                 await local.changed()
         channel = await stack.enter_async_context(grpc.aio.insecure_channel(f"127.0.0.1:{port}"))
-        yield Served(local, service, server, calls, router_pb2_grpc.RouterStub(channel))
+        yield Served(worker, local, service, server, calls, channel, router_pb2_grpc.RouterStub(channel))
 
 
 def waits_ended(wait: str) -> float:
@@ -99,6 +101,10 @@ def reserve(request_id: str) -> router_pb2.ReserveRequest:
 
 def release(request_id: str) -> router_pb2.RouterReleaseRequest:
     return router_pb2.RouterReleaseRequest(key=router_pb2.ReservationKey(request_id=request_id, attempt=1))
+
+
+def asking(*questions: Question) -> router_pb2.RouterExchangeRequest:
+    return router_pb2.RouterExchangeRequest(questions=questions)
 
 
 async def all_answers(
@@ -169,8 +175,8 @@ async def test_a_question_that_is_refused_fails_alone() -> None:
         1: (Reason.UNKNOWN_MODEL, "model"),
         2: (Reason.NOT_FOUND, None),
         3: (Reason.INVALID_FIELD, "request_id"),
-        4: (Reason.INVALID_FIELD, "questions.question"),
-        5: (Reason.INVALID_FIELD, "questions.timeout"),
+        4: (Reason.INVALID_FIELD, "questions[3].question"),
+        5: (Reason.INVALID_FIELD, "questions[4].timeout"),
     }
     assert next(answer for answer in answers if answer.question_id == 6).HasField("select")
 
@@ -203,24 +209,41 @@ async def test_a_question_does_not_wait_for_the_reserve_before_it() -> None:
 async def test_a_withdrawn_reserve_is_given_up() -> None:
     async with served(rules=NO_ROOM, admission=AdmissionRules(wait_s=WAIT_S)) as mesh:
         await mesh.stub.Reserve(reserve("holds the room"), timeout=WAIT_S)
-        answers = await all_answers(mesh, [Question(question_id=7, reserve=reserve("waits"))], withdrawn=[7, 8])
-        await mesh.settled(active=1)
+        call = mesh.stub.Exchange(timeout=WAIT_S)
+        await call.write(asking(Question(question_id=7, reserve=reserve("waits"))))
+        await mesh.settled(active=1, waiting=1)
+        await call.write(router_pb2.RouterExchangeRequest(withdrawn=[7, 8]))
+        answered: Any = await call.read()
+        await mesh.settled(active=1, waiting=0)
+
+    assert [from_status(answer.failed).reason for answer in answered.answers] == [Reason.CANCELLED]
+
+
+async def test_a_reserve_is_withdrawn_by_the_message_that_asks() -> None:
+    async with served() as mesh:
+        answers = await all_answers(mesh, [Question(question_id=7, reserve=reserve("r"))], withdrawn=[7])
+        await mesh.settled(active=0)
 
     assert [from_status(answer.failed).reason for answer in answers] == [Reason.CANCELLED]
 
 
-@pytest.mark.parametrize("waits_for", ["room", "a worker"])
-async def test_a_reserve_waits_no_longer_than_its_timeout(waits_for: str) -> None:
-    admission = AdmissionRules(wait_s=WAIT_S)
-    async with served(rules=NO_ROOM, admission=admission, waits=Waits(route_s=WAIT_S)) as mesh:
+async def test_a_reserve_waits_for_room_no_longer_than_its_timeout() -> None:
+    async with served(rules=NO_ROOM, admission=AdmissionRules(wait_s=WAIT_S)) as mesh:
         await mesh.stub.Reserve(reserve("holds the room"), timeout=WAIT_S)
-        asked = reserve("waits")
-        if waits_for == "a worker":
-            asked.query.hints.required_labels["zone"] = "elsewhere"
-        answers = await all_answers(mesh, [Question(question_id=1, reserve=asked, timeout=duration(0.3))])
+        answers = await all_answers(mesh, [Question(question_id=1, reserve=reserve("waits"), timeout=duration(0.3))])
 
-    expected = Reason.OVERLOADED if waits_for == "room" else Reason.NO_MATCHING_WORKER
-    assert [from_status(answer.failed).reason for answer in answers] == [expected]
+    assert [from_status(answer.failed).reason for answer in answers] == [Reason.OVERLOADED]
+
+
+async def test_a_reserve_waits_for_a_worker_no_longer_than_its_timeout() -> None:
+    async with served(waits=Waits(route_s=10 * WAIT_S)) as mesh:
+        await mesh.worker.stop()
+        async with asyncio.timeout(WAIT_S):
+            while mesh.local.workers():
+                await mesh.local.changed()
+        answers = await all_answers(mesh, [Question(question_id=1, reserve=reserve("waits"), timeout=duration(0.3))])
+
+    assert [from_status(answer.failed).reason for answer in answers] == [Reason.DEADLINE]
 
 
 async def test_an_id_that_waits_already_ends_the_exchange_and_what_waits_on_it() -> None:
@@ -268,6 +291,58 @@ async def test_a_client_that_does_not_read_is_left() -> None:
     assert given_up == 1
 
 
+async def test_too_many_questions_in_a_message_end_the_exchange() -> None:
+    async with served() as mesh:
+        call = mesh.stub.Exchange(timeout=WAIT_S)
+        await call.write(asking(*[Question()] * 1025))
+        reason = await end_of(call)
+
+    assert reason is Reason.INVALID_FIELD
+
+
+async def test_answers_are_split_into_messages_that_every_client_takes() -> None:
+    long = router_pb2.ReportProgressRequest(
+        progress=[
+            router_pb2.ReservationProgress(request_id=f"nobody {number:0200}", attempt=1) for number in range(100)
+        ]
+    )
+    async with served() as mesh:
+        call = mesh.stub.Exchange(timeout=WAIT_S)
+        for first in range(1, 201, 100):  # messages of half of what the server takes
+            numbers = range(first, first + 100)
+            await call.write(asking(*[Question(question_id=number, report_progress=long) for number in numbers]))
+        await call.done_writing()
+        responses = [response async for response in call]
+
+    sizes = [response.ByteSize() for response in responses]
+    assert sum(sizes) > 4 << 20
+    assert max(sizes) < (1 << 20) + 1024
+    assert sorted(answer.question_id for response in responses for answer in response.answers) == list(range(1, 201))
+
+
+async def test_a_message_that_does_not_parse_ends_the_exchange_with_a_reason() -> None:
+    async with served() as mesh:
+        call: Any = mesh.channel.stream_stream("/kvmesh.v1.Router/Exchange")(timeout=WAIT_S)
+        await call.write(b"\xff\xff\xff\xff")
+        reason = await end_of(call)
+
+    assert reason is Reason.INVALID_FIELD
+
+
+async def test_a_router_that_closes_hears_of_what_nobody_waits_for() -> None:
+    async with served(rules=NO_ROOM, admission=AdmissionRules(wait_s=WAIT_S)) as mesh:
+        await mesh.stub.Reserve(reserve("holds the room"), timeout=WAIT_S)
+        call = mesh.stub.Exchange(timeout=WAIT_S)
+        await call.write(asking(Question(reserve=reserve("waits"))))
+        await call.done_writing()
+        await mesh.settled(active=1, waiting=1)
+        mesh.service.close()
+        reason = await end_of(call)
+        await mesh.settled(active=1, waiting=0)
+
+    assert reason is Reason.DRAINING
+
+
 async def test_a_router_that_closes_ends_the_exchange() -> None:
     async with served() as mesh:
         call = mesh.stub.Exchange(timeout=WAIT_S)
@@ -307,6 +382,22 @@ async def test_an_answer_nobody_waits_for_is_withdrawn() -> None:
         client.tell(Question(release=release("holds the room")))
         await mesh.settled(active=0)
         await client.aclose()
+
+
+async def test_a_question_that_is_given_up_before_it_is_sent_is_not_sent() -> None:
+    async with served(rules=NO_ROOM, admission=AdmissionRules(wait_s=WAIT_S)) as mesh:
+        client = mesh.client()
+        held = client.ask(Question(reserve=reserve("holds the room")))
+        others = [client.ask(Question(select=SELECT)) for _ in range(200)]  # more than one message takes
+        unsent = client.ask(Question(reserve=reserve("waits")))
+        unsent.cancel()
+        await held
+        await asyncio.gather(*others, return_exceptions=True)
+        await client.ask(Question(report_progress=router_pb2.ReportProgressRequest()))
+        waiting = mesh.local.waiting
+        await client.aclose()
+
+    assert waiting == 0
 
 
 async def test_a_booking_that_arrives_too_late_is_released() -> None:

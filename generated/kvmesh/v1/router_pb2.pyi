@@ -493,12 +493,12 @@ class RouterExchangeRequest(_message.Message):
     WITHDRAWN_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def questions(self) -> _containers.RepeatedCompositeFieldContainer[Global___RouterQuestion]:
-        """Taken in this order; those after a Reserve do not wait for it."""
+        """Taken in this order; a Reserve that has to wait is overtaken by what follows it. At most 1,024, else INVALID_FIELD."""
 
     @_builtins.property
     def withdrawn(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Ids of questions whose answer is of no more use. A Reserve that still waits is given up and answered CANCELLED;
-        others have been answered already.
+        """Ids of questions, of this message or an earlier one, whose answer is of no more use. A Reserve that still waits is
+        given up and answered CANCELLED; of others nothing comes.
         """
 
     def __init__(
@@ -582,7 +582,7 @@ class RouterExchangeResponse(_message.Message):
     ANSWERS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def answers(self) -> _containers.RepeatedCompositeFieldContainer[Global___RouterAnswer]:
-        """One for each question that has an id."""
+        """One for each question that has an id; a message with several stays below 1 MiB."""
 
     def __init__(
         self,

@@ -110,10 +110,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 if handler.request_streaming
                 else grpc.unary_stream_rpc_method_handler
             )
-            parse = handler.request_deserializer if handler.request_streaming else None
+            parse = call.parsed if handler.request_streaming else None
             return make(call.stream, parse, handler.response_serializer)
         if handler.request_streaming:
-            return grpc.stream_unary_rpc_method_handler(call.gather, handler.request_deserializer, None)
+            return grpc.stream_unary_rpc_method_handler(call.gather, call.parsed, None)
         # Bytes in, bytes out: a single message that does not parse fails inside the frame like everything else.
         return grpc.unary_unary_rpc_method_handler(call.unary, None, None)
 
@@ -163,7 +163,7 @@ class _Call:
 
     async def unary(self, request: bytes, context: Any) -> bytes:
         async with self._frame(context) as inner:
-            return self._serialize(await self._behaviour(self._parsed(request), inner))
+            return self._serialize(await self._behaviour(self.parsed(request), inner))
 
     async def gather(self, requests: AsyncIterator[Any], context: Any) -> bytes:
         async with self._frame(context) as inner:
@@ -171,7 +171,7 @@ class _Call:
 
     async def stream(self, request: Any, context: Any) -> None:
         async with self._frame(context) as inner:
-            result = self._behaviour(self._parsed(request) if isinstance(request, bytes) else request, inner)
+            result = self._behaviour(self.parsed(request) if isinstance(request, bytes) else request, inner)
             if inspect.isawaitable(result):  # it reads and writes the context itself
                 await result
                 return
@@ -182,7 +182,8 @@ class _Call:
                     await inner.write(response)
                     writes.since = None
 
-    def _parsed(self, request: bytes) -> Any:
+    def parsed(self, request: bytes) -> Any:
+        """Return a message of the client's. Raises: FixRequestError(INVALID_FIELD) if it is none."""
         try:
             return self._parse(request)
         except DecodeError as exc:

@@ -165,8 +165,8 @@ class Router(router_pb2_grpc.RouterServicer):
                 answer.report_progress.CopyFrom(self._report_progress(question.report_progress))
             case "release":
                 answer.release.CopyFrom(self._release(question.release))
-            case _:
-                raise invalid("questions.question", "required: select, reserve, report_progress or release")
+            case other:
+                raise AssertionError(f"{other} is answered elsewhere")
 
     def _select(self, request: router_pb2.SelectRequest) -> router_pb2.SelectResponse:
         selection = self._router.select(self._query(request.query))

@@ -7,6 +7,7 @@ Laws:
 """
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import grpc
@@ -20,8 +21,14 @@ from kvmesh.wire.validation import invalid, seconds
 
 log = telemetry.logger(__name__)
 
+_MAX_QUESTIONS = 1024
+"""In one message."""
+_QUESTIONS_PER_TURN = 16
+"""Taken before the loop serves others."""
 _MAX_UNSENT = 256
 """Answers that may wait for a client that does not read; until they are written, no more questions are taken."""
+_MAX_BYTES = 1 << 20
+"""Of answers in one message: clients take 4 MiB unless told otherwise."""
 _SHORTEST_TIMEOUT_S = 0.001
 
 AnswerAtOnce = Callable[[router_pb2.RouterQuestion, router_pb2.RouterAnswer], None]
@@ -38,12 +45,14 @@ class RouterExchange:
         self._answer_at_once = answer_at_once
         self._reserve = reserve
         self._write_timeout_s = write_timeout_s
-        self._response = router_pb2.RouterExchangeResponse()
+        self._answers: deque[router_pb2.RouterAnswer] = deque()
         self._waiting: dict[int, asyncio.Task[None]] = {}
+        """Those that have an id, by it."""
+        self._tasks: set[asyncio.Task[None]] = set()
         self._is_last = False
         """Nothing will be asked any more, and nothing waits."""
         self._ready = asyncio.Event()
-        self._taken = asyncio.Event()
+        self._written = asyncio.Event()
 
     async def run(
         self,
@@ -61,75 +70,110 @@ class RouterExchange:
 
     async def _read(self, requests: AsyncIterator[router_pb2.RouterExchangeRequest], group: asyncio.TaskGroup) -> None:
         async for request in requests:
-            for question in request.questions:
-                self._take(question, group)
+            if len(request.questions) > _MAX_QUESTIONS:
+                raise invalid("questions", f"{len(request.questions)} in one message: at most {_MAX_QUESTIONS}")
+            for index, question in enumerate(request.questions):
+                if index % _QUESTIONS_PER_TURN == _QUESTIONS_PER_TURN - 1:
+                    await asyncio.sleep(0)
+                while len(self._answers) >= _MAX_UNSENT:
+                    self._written.clear()
+                    await self._written.wait()
+                self._take(question, f"questions[{index}]", group)
             for question_id in request.withdrawn:
                 if (task := self._waiting.get(question_id)) is not None:
                     task.cancel()
-            while len(self._response.answers) >= _MAX_UNSENT:
-                self._taken.clear()
-                await self._taken.wait()
-        while self._waiting:
-            await asyncio.wait(self._waiting.values())
+        while self._tasks:
+            await asyncio.wait(self._tasks)
         self._is_last = True
         self._ready.set()
 
-    def _take(self, question: router_pb2.RouterQuestion, group: asyncio.TaskGroup) -> None:
+    def _take(self, question: router_pb2.RouterQuestion, path: str, group: asyncio.TaskGroup) -> None:
         question_id = question.question_id
         if question_id in self._waiting:
-            raise invalid("questions.question_id", f"{question_id} is in use on this exchange")
+            raise invalid(f"{path}.question_id", f"{question_id} is in use on this exchange")
         answer = router_pb2.RouterAnswer(question_id=question_id)
-        if question.WhichOneof("question") == "reserve":
-            task = group.create_task(self._wait(question, answer))
-            if question_id:
-                self._waiting[question_id] = task
-            task.add_done_callback(lambda done: self._waited(done, answer))
-            return
-        try:
-            self._answer_at_once(question, answer)
-        except Exception as exc:  # fails alone, as its call would
-            answer.failed.CopyFrom(to_status(_mesh_error(exc)))
-        self._put(answer)
-
-    async def _wait(self, question: router_pb2.RouterQuestion, answer: router_pb2.RouterAnswer) -> None:
-        reserve = question.reserve
-        structlog.contextvars.bind_contextvars(request_id=reserve.request_id)
         try:
             timeout_s = None
             if question.HasField("timeout"):
-                timeout_s = seconds(question.timeout, path="questions.timeout", low=_SHORTEST_TIMEOUT_S)
-            async with asyncio.timeout(timeout_s):
-                answer.reserve.CopyFrom(await self._reserve(reserve, timeout_s))
-        except TimeoutError:
-            answer.failed.CopyFrom(to_status(OutOfTimeError(Reason.DEADLINE, "the question's timeout is over")))
+                timeout_s = seconds(question.timeout, path=f"{path}.timeout", low=_SHORTEST_TIMEOUT_S)
+            match question.WhichOneof("question"):
+                case None:
+                    raise invalid(f"{path}.question", "required: select, reserve, report_progress or release")
+                case "reserve":
+                    self._start(group, question.reserve, timeout_s, answer)
+                    return
+                case _:
+                    self._answer_at_once(question, answer)
         except Exception as exc:  # fails alone, as its call would
-            answer.failed.CopyFrom(to_status(_mesh_error(exc)))
+            _refuse(answer, _mesh_error(exc))
+        self._put(answer)
+
+    def _start(
+        self,
+        group: asyncio.TaskGroup,
+        request: router_pb2.ReserveRequest,
+        timeout_s: float | None,
+        answer: router_pb2.RouterAnswer,
+    ) -> None:
+        task = group.create_task(self._wait(request, timeout_s, answer))
+        self._tasks.add(task)
+        if answer.question_id:
+            self._waiting[answer.question_id] = task
+        task.add_done_callback(lambda done: self._waited(done, answer))
+
+    async def _wait(
+        self, request: router_pb2.ReserveRequest, timeout_s: float | None, answer: router_pb2.RouterAnswer
+    ) -> None:
+        structlog.contextvars.bind_contextvars(request_id=request.request_id)
+        try:
+            async with asyncio.timeout(timeout_s):
+                answer.reserve.CopyFrom(await self._reserve(request, timeout_s))
+        except TimeoutError:
+            _refuse(answer, OutOfTimeError(Reason.DEADLINE, "the question's timeout is over"))
+        except Exception as exc:  # fails alone, as its call would
+            _refuse(answer, _mesh_error(exc))
 
     def _waited(self, task: asyncio.Task[None], answer: router_pb2.RouterAnswer) -> None:
+        self._tasks.discard(task)
         self._waiting.pop(answer.question_id, None)
         if task.cancelled():
-            answer.failed.CopyFrom(to_status(RequestCancelledError(Reason.CANCELLED, "the question was withdrawn")))
+            _refuse(answer, RequestCancelledError(Reason.CANCELLED, "the question was withdrawn"))
         self._put(answer)
 
     def _put(self, answer: router_pb2.RouterAnswer) -> None:
         if answer.question_id:
-            self._response.answers.append(answer)
+            self._answers.append(answer)
             self._ready.set()
 
     async def _write(self, context: grpc.aio.ServicerContext) -> None:  # type: ignore[type-arg]
-        while not (self._is_last and not self._response.answers):
+        while not (self._is_last and not self._answers):
             await self._ready.wait()
             self._ready.clear()
-            response, self._response = self._response, router_pb2.RouterExchangeResponse()
-            self._taken.set()
-            if not response.answers:
-                continue
-            try:
-                async with asyncio.timeout(self._write_timeout_s):
-                    await context.write(response)
-            except TimeoutError as exc:
-                telemetry.WAIT_ENDED.labels(wait="exchange_write_s").inc()
-                raise OutOfTimeError(Reason.DEADLINE, f"no answer was taken for {self._write_timeout_s:g} s") from exc
+            while self._answers:
+                response = self._next_response()
+                self._written.set()
+                try:
+                    async with asyncio.timeout(self._write_timeout_s):
+                        await context.write(response)
+                except TimeoutError as exc:
+                    telemetry.WAIT_ENDED.labels(wait="exchange_write_s").inc()
+                    raise OutOfTimeError(
+                        Reason.DEADLINE, f"no answer was taken for {self._write_timeout_s:g} s"
+                    ) from exc
+
+    def _next_response(self) -> router_pb2.RouterExchangeResponse:
+        """Take what fits into one message, one answer at least."""
+        answers = self._answers
+        taken = [answers.popleft()]
+        size = taken[0].ByteSize()
+        while answers and (size := size + answers[0].ByteSize()) <= _MAX_BYTES:
+            taken.append(answers.popleft())
+        return router_pb2.RouterExchangeResponse(answers=taken)
+
+
+def _refuse(answer: router_pb2.RouterAnswer, error: MeshError) -> None:
+    if answer.question_id:
+        answer.failed.CopyFrom(to_status(error))
 
 
 async def _until(closing: asyncio.Event) -> None:

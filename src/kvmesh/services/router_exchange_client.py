@@ -7,6 +7,7 @@ Laws:
 """
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +41,9 @@ class RouterExchangeClient:
         self._on_end = on_end
         self._asked: dict[int, _Asked] = {}
         self._last_id = 0
-        self._questions: list[router_pb2.RouterQuestion] = []
+        self._last_sent = 0
+        """The highest id that has gone out: they go in order."""
+        self._questions: deque[router_pb2.RouterQuestion] = deque()
         self._withdrawn: list[int] = []
         self._stream = DuplexCall(
             call,
@@ -77,15 +80,23 @@ class RouterExchangeClient:
         await self._stream.aclose("the processor is closing")
 
     def _given_up(self, question_id: int) -> None:
-        if question_id in self._asked and not self._stream.is_over:
+        if question_id > self._last_sent:
+            self._asked.pop(question_id, None)  # and never sent
+        elif question_id in self._asked and not self._stream.is_over:
             self._withdrawn.append(question_id)
             self._stream.wake()
 
     def _to_send(self) -> list[router_pb2.RouterExchangeRequest]:
-        if not self._questions and not self._withdrawn:
-            return []
-        questions, self._questions = self._questions[:_MAX_QUESTIONS], self._questions[_MAX_QUESTIONS:]
         withdrawn, self._withdrawn = self._withdrawn, []
+        questions: list[router_pb2.RouterQuestion] = []
+        while self._questions and len(questions) < _MAX_QUESTIONS:
+            question = self._questions.popleft()
+            if question.question_id:
+                self._last_sent = question.question_id
+            if not question.question_id or question.question_id in self._asked:
+                questions.append(question)
+        if not questions and not withdrawn:
+            return []
         return [router_pb2.RouterExchangeRequest(questions=questions, withdrawn=withdrawn)]
 
     def _take_all(self, response: router_pb2.RouterExchangeResponse) -> None:
