@@ -11,7 +11,7 @@ import pytest
 from kvmesh.core.admission import AdmissionOrder, AdmissionRules
 from kvmesh.core.candidates import RoutingHints, RoutingQuery
 from kvmesh.core.eligibility import OverloadRules
-from kvmesh.core.errors import BackOffError, MeshError, Reason, TryElsewhereError
+from kvmesh.core.errors import BackOffError, ConflictError, MeshError, Reason, TryElsewhereError
 from kvmesh.core.ids import AttemptKey, RequestId, RouterId
 from kvmesh.core.policies.policy import build_policy
 from kvmesh.core.reservations import Reservation
@@ -33,6 +33,7 @@ async def router_of(
     admission: AdmissionRules = LONG,
     overload: OverloadRules = ONE_REQUEST_EACH,
     discovery: MemoryDiscovery | None = None,
+    **rules: Any,
 ) -> AsyncIterator[tuple[LocalRouter, list[ScriptedWorker]]]:
     """Run a router over workers that take one request each."""
     discovery = discovery or MemoryDiscovery()
@@ -43,7 +44,7 @@ async def router_of(
         router_id=RouterId("router-1"),
         policy=build_policy("kv_aware"),
         rng=random.Random(3),
-        rules=RoutingRules(overload=overload),
+        rules=RoutingRules(overload=overload, **rules),
         admission=admission,
     )
     router.start()
@@ -64,6 +65,23 @@ def key(name: str) -> AttemptKey:
 
 def query(prompt_tokens: int = 32, **hints: Any) -> RoutingQuery:
     return RoutingQuery(model="m", prompt_tokens=prompt_tokens, hints=RoutingHints(**hints))
+
+
+async def start_waiting_for_the_same(router: LocalRouter, name: str) -> list["asyncio.Task[Reservation]"]:
+    """Let two callers wait for one key."""
+    (first,) = await start_waiting(router, (name, query()))
+    second = asyncio.create_task(router.reserve(key(name), query()))
+    for _ in range(3):  # turns of the loop: it waits after the first of them
+        await asyncio.sleep(0)
+    assert not second.done()
+    return [first, second]
+
+
+async def booked_again(router: LocalRouter) -> None:
+    """Return in the turn of the loop in which somebody is booked, before the caller hears of it."""
+    async with asyncio.timeout(WAIT_S):
+        while not router.workers()[0].reservations:  # noqa: ASYNC110  # a turn of the loop each
+            await asyncio.sleep(0)
 
 
 async def start_waiting(router: LocalRouter, *requests: tuple[str, RoutingQuery]) -> list["asyncio.Task[Reservation]"]:
@@ -232,6 +250,83 @@ async def test_asking_again_for_what_is_booked_waits_for_nothing() -> None:
         await waiting
 
 
+async def test_what_is_booked_is_found_though_its_explanation_is_forgotten_and_the_queue_full() -> None:
+    full = AdmissionRules(wait_s=WAIT_S, max_waiting=1)
+    async with router_of(admission=full, max_explained=0) as (router, _):
+        first = await router.reserve(key("held"), query())
+        (waiting,) = await start_waiting(router, ("second", query()))
+
+        again = await router.reserve(key("held"), query())
+        with pytest.raises(ConflictError):
+            await router.reserve(key("held"), query(64))
+
+        assert again == first
+        assert not waiting.done()
+        router.release(key("held"))
+        await waiting
+        with pytest.raises(ConflictError):  # at once, too: it has ended
+            await router.reserve(key("held"), query())
+
+
+async def test_two_that_ask_for_the_same_share_one_place_and_one_booking() -> None:
+    async with router_of(admission=AdmissionRules(wait_s=WAIT_S, max_waiting=1)) as (router, _):
+        await router.reserve(key("held"), query())
+        asked = await start_waiting_for_the_same(router, "same")
+
+        with pytest.raises(ConflictError) as refused:
+            await router.reserve(key("same"), query(64))
+        waited = router.waiting
+        router.release(key("held"))
+        first, second = await asyncio.gather(*asked)
+
+        assert refused.value.reason is Reason.ALREADY_EXISTS
+        assert waited == 1
+        assert first == second
+        assert (router.waiting, router.workers()[0].reservations) == (0, 1)
+
+
+@pytest.mark.parametrize("leaver", [0, 1])
+async def test_one_of_two_that_leaves_in_the_moment_of_the_booking_leaves_it_to_the_other(leaver: int) -> None:
+    async with router_of() as (router, _):
+        await router.reserve(key("held"), query())
+        asked = await start_waiting_for_the_same(router, "same")
+
+        router.release(key("held"))
+        await booked_again(router)
+        asked[leaver].cancel()
+        reservation = await asked[1 - leaver]
+
+        assert reservation.key == key("same")
+        assert router.workers()[0].reservations == 1
+
+
+async def test_a_booking_of_which_both_callers_left_unheard_is_ended() -> None:
+    async with router_of() as (router, _):
+        await router.reserve(key("held"), query())
+        asked = await start_waiting_for_the_same(router, "same")
+
+        router.release(key("held"))
+        await booked_again(router)
+        for task in asked:
+            task.cancel()
+        await asyncio.wait(asked, timeout=WAIT_S)
+
+        assert all(task.cancelled() for task in asked)
+        assert router.workers()[0].reservations == 0
+
+
+async def test_each_of_two_that_ask_for_the_same_has_its_own_bound() -> None:
+    async with router_of() as (router, _):
+        await router.reserve(key("held"), query())
+        (patient,) = await start_waiting(router, ("same", query()))
+
+        with pytest.raises(BackOffError):
+            await router.reserve(key("same"), query(), until=asyncio.get_running_loop().time() + 0.05)
+        router.release(key("held"))
+
+        assert (await patient).key == key("same")
+
+
 async def test_a_full_queue_sheds_at_once_with_a_time_to_come_back() -> None:
     async with router_of(admission=AdmissionRules(wait_s=WAIT_S, max_waiting=1)) as (router, _):
         await router.reserve(key("held"), query())
@@ -284,9 +379,7 @@ async def test_a_caller_that_leaves_in_the_moment_it_is_booked_leaves_no_booking
         (gone,) = await start_waiting(router, ("gone", query()))
 
         router.release(key("held"))
-        async with asyncio.timeout(WAIT_S):
-            while not router.workers()[0].reservations:  # noqa: ASYNC110  # as above
-                await asyncio.sleep(0)
+        await booked_again(router)
         gone.cancel()  # booked, but it has not heard of it
         with pytest.raises(asyncio.CancelledError):
             await gone

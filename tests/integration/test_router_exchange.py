@@ -172,7 +172,7 @@ async def test_a_question_that_is_refused_fails_alone() -> None:
 
     errors = {answer.question_id: from_status(answer.failed) for answer in answers if answer.HasField("failed")}
     assert {one: (error.reason, error.field) for one, error in errors.items()} == {
-        1: (Reason.UNKNOWN_MODEL, "model"),
+        1: (Reason.UNKNOWN_MODEL, "query.model"),
         2: (Reason.NOT_FOUND, None),
         3: (Reason.INVALID_FIELD, "request_id"),
         4: (Reason.INVALID_FIELD, "questions[3].question"),
@@ -219,12 +219,24 @@ async def test_a_withdrawn_reserve_is_given_up() -> None:
     assert [from_status(answer.failed).reason for answer in answered.answers] == [Reason.CANCELLED]
 
 
-async def test_a_reserve_is_withdrawn_by_the_message_that_asks() -> None:
-    async with served() as mesh:
-        answers = await all_answers(mesh, [Question(question_id=7, reserve=reserve("r"))], withdrawn=[7])
-        await mesh.settled(active=0)
+async def test_a_reserve_that_waits_is_withdrawn_by_the_message_that_asks() -> None:
+    async with served(rules=NO_ROOM, admission=AdmissionRules(wait_s=WAIT_S)) as mesh:
+        await mesh.stub.Reserve(reserve("holds the room"), timeout=WAIT_S)
+        answers = await all_answers(mesh, [Question(question_id=7, reserve=reserve("waits"))], withdrawn=[7])
+        await mesh.settled(active=1, waiting=0)
 
     assert [from_status(answer.failed).reason for answer in answers] == [Reason.CANCELLED]
+
+
+async def test_questions_are_taken_in_their_order_where_none_waits() -> None:
+    async with served() as mesh:
+        answers = await all_answers(
+            mesh, [Question(question_id=1, reserve=reserve("r")), Question(question_id=2, release=release("r"))]
+        )
+        active = mesh.active_requests()
+
+    assert [answer.WhichOneof("answer") for answer in answers] == ["reserve", "release"]
+    assert active == 0
 
 
 async def test_a_reserve_waits_for_room_no_longer_than_its_timeout() -> None:

@@ -75,6 +75,10 @@ def reserve(request_id: str = "r", attempt: int = 1, **fields: Any) -> router_pb
     return router_pb2.ReserveRequest(request_id=request_id, attempt=attempt, **{"query": QUERY, **fields})
 
 
+def query_with(**hints: Any) -> router_pb2.RoutingQuery:
+    return router_pb2.RoutingQuery(model="m", text="x", hints=generation_pb2.RoutingHints(**hints))
+
+
 async def reason_of(call: Any) -> str:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call
@@ -193,6 +197,40 @@ async def test_refusals_carry_their_reason(
     stub: "RouterAsyncStub", request_: router_pb2.ReserveRequest, reason: str
 ) -> None:
     assert await reason_of(stub.Reserve(request_, timeout=WAIT_S)) == reason
+
+
+@pytest.mark.parametrize(
+    ("query", "field"),
+    [
+        (router_pb2.RoutingQuery(model="other", text="x"), "query.model"),
+        (query_with(pinned_worker_id="nobody"), "query.hints.pinned_worker_id"),
+        (query_with(required_labels={"zone": "x"}), "query.hints.required_labels"),
+        (query_with(cost=generation_pb2.CostOverrides(overlap_credit=1e308)), "query.hints.cost.overlap_credit"),
+    ],
+)
+async def test_refusals_name_the_field_by_its_path_in_the_callers_message(
+    stub: "RouterAsyncStub", query: router_pb2.RoutingQuery, field: str
+) -> None:
+    for call in (
+        stub.Select(router_pb2.SelectRequest(query=query), timeout=WAIT_S),
+        stub.Reserve(reserve(query=query), timeout=WAIT_S),
+        stub.Explain(router_pb2.ExplainRequest(query=query), timeout=WAIT_S),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call
+        assert from_rpc_error(caught.value).field == field
+
+
+async def test_progress_that_cannot_be_is_refused_and_changes_no_load(stub: "RouterAsyncStub") -> None:
+    await stub.Reserve(reserve(), timeout=WAIT_S)
+    lines = [router_pb2.ReservationProgress(request_id="r", attempt=1, output_blocks=n) for n in (1, 2**32 - 1)]
+
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.ReportProgress(router_pb2.ReportProgressRequest(progress=lines), timeout=WAIT_S)
+    listed = await stub.ListWorkers(router_pb2.ListWorkersRequest(), timeout=WAIT_S)
+
+    assert from_rpc_error(caught.value).field == "progress[1].output_blocks"
+    assert listed.workers[1].active_blocks == 4
 
 
 async def test_nobody_there_is_told_after_the_wait(workers: list[ScriptedWorker], stub: "RouterAsyncStub") -> None:

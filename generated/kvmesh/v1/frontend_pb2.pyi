@@ -29,7 +29,7 @@ class _WorkerState:
 class _WorkerStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WorkerState.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     WORKER_STATE_UNSPECIFIED: _WorkerState.ValueType  # 0
-    """Never sent."""
+    """Not known: no router tells of it."""
     WORKER_STATE_READY: _WorkerState.ValueType  # 1
     """Takes requests."""
     WORKER_STATE_DRAINING: _WorkerState.ValueType  # 2
@@ -41,7 +41,7 @@ class WorkerState(_WorkerState, metaclass=_WorkerStateEnumTypeWrapper):
     """State of a worker."""
 
 WORKER_STATE_UNSPECIFIED: WorkerState.ValueType  # 0
-"""Never sent."""
+"""Not known: no router tells of it."""
 WORKER_STATE_READY: WorkerState.ValueType  # 1
 """Takes requests."""
 WORKER_STATE_DRAINING: WorkerState.ValueType  # 2
@@ -438,17 +438,23 @@ class Topology(_message.Message):
     POLICY_FIELD_NUMBER: _builtins.int
     INDEX_FIELD_NUMBER: _builtins.int
     LATENCIES_FIELD_NUMBER: _builtins.int
+    ROUTER_SILENT_FIELD_NUMBER: _builtins.int
+    QUEUE_SILENT_FIELD_NUMBER: _builtins.int
     policy: _builtins.str
-    """Name of the routing policy."""
+    """Name of the routing policy; empty while it is not known."""
     index: _builtins.str
-    """What the router knows caches by: "events", "approximate" or "off"."""
+    """What the router knows caches by: "events", "approximate" or "off"; empty while it is not known."""
+    router_silent: _builtins.bool
+    """No router answers: policy, index and the bookings are not known, nor is what it tells of the workers."""
+    queue_silent: _builtins.bool
+    """A prefill queue is known, and does not answer: its counts are not known."""
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TopologyWorker]:
         """Every known worker, sorted by id."""
 
     @_builtins.property
     def queue(self) -> Global___QueueStats:
-        """The prefill queue; unset when none is known."""
+        """The prefill queue; unset when none is known, or none answers."""
 
     @_builtins.property
     def counters(self) -> Global___TopologyCounters:
@@ -467,10 +473,12 @@ class Topology(_message.Message):
         policy: _builtins.str = ...,
         index: _builtins.str = ...,
         latencies: Global___TopologyLatencies | None = ...,
+        router_silent: _builtins.bool = ...,
+        queue_silent: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "latencies", b"latencies", "queue", b"queue"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "index", b"index", "latencies", b"latencies", "policy", b"policy", "queue", b"queue", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "index", b"index", "latencies", b"latencies", "policy", b"policy", "queue", b"queue", "queue_silent", b"queue_silent", "router_silent", b"router_silent", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -573,6 +581,7 @@ class TopologyWorker(_message.Message):
     INDEXED_BLOCKS_FIELD_NUMBER: _builtins.int
     INDEX_DEGRADED_FIELD_NUMBER: _builtins.int
     RESERVATIONS_FIELD_NUMBER: _builtins.int
+    LOAD_UNKNOWN_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Stable id, node/role/n."""
     node: _builtins.str
@@ -603,6 +612,10 @@ class TopologyWorker(_message.Message):
     """Its part of the index is not to be trusted: it is routed to by load alone."""
     reservations: _builtins.int
     """The router's bookings on it."""
+    load_unknown: _builtins.bool
+    """No router tells of it: its requests, blocks in use, hit rate, prefill tokens, index and bookings are not known, and
+    zero here only for want of a value.
+    """
     def __init__(
         self,
         *,
@@ -621,10 +634,11 @@ class TopologyWorker(_message.Message):
         indexed_blocks: _builtins.int = ...,
         index_degraded: _builtins.bool = ...,
         reservations: _builtins.int = ...,
+        load_unknown: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_blocks", b"active_blocks", "active_prefill_tokens", b"active_prefill_tokens", "active_requests", b"active_requests", "address", b"address", "epoch", b"epoch", "id", b"id", "index_degraded", b"index_degraded", "indexed_blocks", b"indexed_blocks", "node", b"node", "prefix_hit_rate", b"prefix_hit_rate", "reservations", b"reservations", "role", b"role", "state", b"state", "total_blocks", b"total_blocks", "waiting_requests", b"waiting_requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_blocks", b"active_blocks", "active_prefill_tokens", b"active_prefill_tokens", "active_requests", b"active_requests", "address", b"address", "epoch", b"epoch", "id", b"id", "index_degraded", b"index_degraded", "indexed_blocks", b"indexed_blocks", "load_unknown", b"load_unknown", "node", b"node", "prefix_hit_rate", b"prefix_hit_rate", "reservations", b"reservations", "role", b"role", "state", b"state", "total_blocks", b"total_blocks", "waiting_requests", b"waiting_requests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

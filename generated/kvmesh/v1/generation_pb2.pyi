@@ -306,7 +306,7 @@ class RoutingHints(_message.Message):
     pinned_worker_id: _builtins.str
     """Run on this worker or fail with NO_MATCHING_WORKER; never rerouted."""
     session_id: _builtins.str
-    """Requests of one session prefer one worker."""
+    """Requests of one session prefer one worker. At most 256 bytes, else INVALID_FIELD."""
     priority: _builtins.int
     """0 is served first; default 10. Orders the prefill queue and, where set, admission."""
     lora: _builtins.str
@@ -376,13 +376,13 @@ class CostOverrides(_message.Message):
     REQUEST_WEIGHT_FIELD_NUMBER: _builtins.int
     TEMPERATURE_FIELD_NUMBER: _builtins.int
     overlap_credit: _builtins.float
-    """Blocks of prefill that one overlapping block saves; 0 or more. Default 1."""
+    """Blocks of prefill that one overlapping block saves; 0 to 1,000,000. Default 1."""
     prefill_scale: _builtins.float
-    """Weight of prefill blocks against decode blocks; 0 or more. Default 1."""
+    """Weight of prefill blocks against decode blocks; 0 to 1,000,000. Default 1."""
     request_weight: _builtins.float
-    """Blocks that one active request weighs; 0 or more. Default 0."""
+    """Blocks that one active request weighs; 0 to 1,000,000. Default 0."""
     temperature: _builtins.float
-    """0 = the lowest cost wins; above 0 = softmax over the range-normalised costs. Default 0."""
+    """0 = the lowest cost wins; above 0, up to 1,000,000 = softmax over the range-normalised costs. Default 0."""
     def __init__(
         self,
         *,

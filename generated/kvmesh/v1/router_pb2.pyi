@@ -45,7 +45,9 @@ class RoutingQuery(_message.Message):
     packed_token_ids: _builtins.bytes
     """Tokens of the prompt, each as a little-endian u32: what long prompts cost least in."""
     prompt_tokens: _builtins.int
-    """Tokens of the prompt; required with block_hashes or without input, else derived."""
+    """Tokens of the prompt, at most 16,777,216, else INVALID_FIELD. Required with block_hashes or without input; with
+    tokens unset or their number, else INVALID_FIELD; with text not looked at.
+    """
     expected_output_tokens: _builtins.int
     """Tokens the request is expected to produce; 0 = unknown."""
     prompt_text: _builtins.str
@@ -64,7 +66,9 @@ class RoutingQuery(_message.Message):
 
     @_builtins.property
     def multimodal(self) -> _containers.RepeatedCompositeFieldContainer[Global___MultimodalSpan]:
-        """What of the prompt is no text, e.g. images: part of the identity of the blocks it lies in. With tokens."""
+        """What of the prompt is no text, e.g. images: part of the identity of the blocks it lies in. With tokens,
+        none in two spans, else INVALID_FIELD.
+        """
 
     def __init__(
         self,
@@ -259,7 +263,7 @@ class ReserveRequest(_message.Message):
     QUERY_FIELD_NUMBER: _builtins.int
     EXPLAIN_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """The request. Required."""
+    """The request. Required; at most 256 bytes."""
     attempt: _builtins.int
     """From 1. Required."""
     explain: _builtins.bool
@@ -366,7 +370,9 @@ class ReservationProgress(_message.Message):
     prefill_complete: _builtins.bool
     """The prompt is computed, or its prefill went to a prefill worker. Idempotent."""
     output_blocks: _builtins.int
-    """Blocks of output since the last report."""
+    """Blocks of output since the last report: up to 1,048,576, else INVALID_FIELD. Those of one reservation count for no
+    more than its worker has.
+    """
     def __init__(
         self,
         *,

@@ -110,7 +110,7 @@ class RouterServicer(object):
 
     def Reserve(self, request, context):
         """Choose a worker and book it, atomically. Idempotent per (request_id, attempt): the same content gets the same
-        answer, other content ALREADY_EXISTS. Errors as Select; where the router has an admission wait, OVERLOADED comes
+        answer, other content, or a reservation that ended in the last 300 s, ALREADY_EXISTS. Errors as Select; where the router has an admission wait, OVERLOADED comes
         after it, or at once when too many wait.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -118,7 +118,7 @@ class RouterServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ReportProgress(self, request, context):
-        """Say how reservations progress, in lists. Idempotent; an unknown key is listed in the answer and changes nothing.
+        """Say how reservations progress, in lists. Idempotent but for output_blocks, which add up; an unknown key is listed in the answer and changes nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -37,11 +37,11 @@ class RouterStub:
     """Choose a worker without booking it. Idempotent. NO_WORKERS, UNKNOWN_MODEL, NO_MATCHING_WORKER, OVERLOADED."""
     Reserve: _grpc.UnaryUnaryMultiCallable[_router_pb2.ReserveRequest, _router_pb2.ReserveResponse]
     """Choose a worker and book it, atomically. Idempotent per (request_id, attempt): the same content gets the same
-    answer, other content ALREADY_EXISTS. Errors as Select; where the router has an admission wait, OVERLOADED comes
+    answer, other content, or a reservation that ended in the last 300 s, ALREADY_EXISTS. Errors as Select; where the router has an admission wait, OVERLOADED comes
     after it, or at once when too many wait.
     """
     ReportProgress: _grpc.UnaryUnaryMultiCallable[_router_pb2.ReportProgressRequest, _router_pb2.ReportProgressResponse]
-    """Say how reservations progress, in lists. Idempotent; an unknown key is listed in the answer and changes nothing."""
+    """Say how reservations progress, in lists. Idempotent but for output_blocks, which add up; an unknown key is listed in the answer and changes nothing."""
     Release: _grpc.UnaryUnaryMultiCallable[_router_pb2.RouterReleaseRequest, _router_pb2.RouterReleaseResponse]
     """End a reservation. Idempotent for 300 s after the first; a key never seen is NOT_FOUND."""
     Exchange: _grpc.StreamStreamMultiCallable[_router_pb2.RouterExchangeRequest, _router_pb2.RouterExchangeResponse]
@@ -78,11 +78,11 @@ class RouterAsyncStub(RouterStub):
     """Choose a worker without booking it. Idempotent. NO_WORKERS, UNKNOWN_MODEL, NO_MATCHING_WORKER, OVERLOADED."""
     Reserve: _aio.UnaryUnaryMultiCallable[_router_pb2.ReserveRequest, _router_pb2.ReserveResponse]  # type: ignore[assignment]
     """Choose a worker and book it, atomically. Idempotent per (request_id, attempt): the same content gets the same
-    answer, other content ALREADY_EXISTS. Errors as Select; where the router has an admission wait, OVERLOADED comes
+    answer, other content, or a reservation that ended in the last 300 s, ALREADY_EXISTS. Errors as Select; where the router has an admission wait, OVERLOADED comes
     after it, or at once when too many wait.
     """
     ReportProgress: _aio.UnaryUnaryMultiCallable[_router_pb2.ReportProgressRequest, _router_pb2.ReportProgressResponse]  # type: ignore[assignment]
-    """Say how reservations progress, in lists. Idempotent; an unknown key is listed in the answer and changes nothing."""
+    """Say how reservations progress, in lists. Idempotent but for output_blocks, which add up; an unknown key is listed in the answer and changes nothing."""
     Release: _aio.UnaryUnaryMultiCallable[_router_pb2.RouterReleaseRequest, _router_pb2.RouterReleaseResponse]  # type: ignore[assignment]
     """End a reservation. Idempotent for 300 s after the first; a key never seen is NOT_FOUND."""
     Exchange: _aio.StreamStreamMultiCallable[_router_pb2.RouterExchangeRequest, _router_pb2.RouterExchangeResponse]  # type: ignore[assignment]
@@ -128,7 +128,7 @@ class RouterServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_router_pb2.ReserveResponse, _abc.Awaitable[_router_pb2.ReserveResponse]]:
         """Choose a worker and book it, atomically. Idempotent per (request_id, attempt): the same content gets the same
-        answer, other content ALREADY_EXISTS. Errors as Select; where the router has an admission wait, OVERLOADED comes
+        answer, other content, or a reservation that ended in the last 300 s, ALREADY_EXISTS. Errors as Select; where the router has an admission wait, OVERLOADED comes
         after it, or at once when too many wait.
         """
 
@@ -138,7 +138,7 @@ class RouterServicer(metaclass=_abc_1.ABCMeta):
         request: _router_pb2.ReportProgressRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_router_pb2.ReportProgressResponse, _abc.Awaitable[_router_pb2.ReportProgressResponse]]:
-        """Say how reservations progress, in lists. Idempotent; an unknown key is listed in the answer and changes nothing."""
+        """Say how reservations progress, in lists. Idempotent but for output_blocks, which add up; an unknown key is listed in the answer and changes nothing."""
 
     @_abc_1.abstractmethod
     def Release(

@@ -14,7 +14,7 @@ from kvmesh.core.remote_prefill import RemotePrefillDecision
 from kvmesh.core.roster import WorkerRole
 
 _NO_EPOCH = Epoch(0)
-_MAX_WEIGHT = 1e6
+MAX_WEIGHT = 1e6
 """Of a knob: far beyond sense, and products of it stay finite."""
 
 
@@ -30,9 +30,11 @@ class CostOverrides:
     def __post_init__(self) -> None:
         for name in ("overlap_credit", "prefill_scale", "request_weight", "temperature"):
             value = getattr(self, name)
-            if value is not None and not 0 <= value <= _MAX_WEIGHT:
+            if value is not None and not 0 <= value <= MAX_WEIGHT:
                 raise FixRequestError(
-                    Reason.INVALID_FIELD, f"{name} is {value}, not in 0..{_MAX_WEIGHT:g}", field=f"hints.cost.{name}"
+                    Reason.INVALID_FIELD,
+                    f"{name} is {value}, not in 0..{MAX_WEIGHT:g}",
+                    field=f"query.hints.cost.{name}",
                 )
 
 

@@ -230,14 +230,14 @@ def _no_named_worker(query: RoutingQuery) -> TryElsewhereError:
         return TryElsewhereError(
             Reason.NO_MATCHING_WORKER,
             f"pinned worker {hints.pinned_worker}{rank} cannot take a request for {query.model}",
-            field="hints.pinned_worker_id",
+            field="query.hints.pinned_worker_id",
             metadata={"pinned_worker": hints.pinned_worker},
         )
     allowed, barred = (", ".join(sorted(names)) for names in (hints.allowed_workers, hints.excluded_workers))
     return TryElsewhereError(
         Reason.NO_MATCHING_WORKER,
         f"no worker of {query.model} is left: allowed [{allowed or 'all'}], excluded [{barred}]",
-        field="hints.allowed_worker_ids" if allowed else "hints.excluded_worker_ids",
+        field="query.hints.allowed_worker_ids" if allowed else "query.hints.excluded_worker_ids",
         metadata={"allowed_workers": allowed, "excluded_workers": barred},
     )
 
@@ -250,7 +250,7 @@ def _no_labelled_worker(query: RoutingQuery, candidates: Sequence[Candidate]) ->
     return TryElsewhereError(
         Reason.NO_MATCHING_WORKER,
         f"no worker of {query.model} has label {named}",
-        field="hints.required_labels",
+        field="query.hints.required_labels",
         metadata={"label": named},
     )
 

@@ -85,7 +85,7 @@ class FieldSource:
         if not self._roster.records(query.role):  # the model is of no matter: it may be a default that nobody asked for
             raise TryElsewhereError(Reason.NO_WORKERS, f"this mesh has no {query.role.value} workers")
         if query.model not in self._roster.models():
-            raise NotKnownError(Reason.UNKNOWN_MODEL, f"no worker serves model {query.model!r}", field="model")
+            raise NotKnownError(Reason.UNKNOWN_MODEL, f"no worker serves model {query.model!r}", field="query.model")
         raise TryElsewhereError(Reason.NO_WORKERS, f"no {query.role.value} worker of {query.model!r} is alive")
 
     def count_open_workers(self, role: WorkerRole, model: str, *, block_size: int) -> int:

@@ -5,6 +5,7 @@
 Laws:
     - the router's own share of a report never adds load, it only corrects bookings;
     - a block is counted once per worker, however many bookings hold it (equal key = equal block);
+    - the output of a booking counts for no more blocks than its worker says that it has;
     - output blocks of a request of which the length is expected count for less the nearer it is to its end;
     - a booking ends exactly once, by one of: release; a report that shows it no more; a report newer than the worker's
       acknowledgement that never showed it; `booking_ttl_s` in which no report showed it; the end of its worker;
@@ -135,9 +136,12 @@ class LoadTable:
 
     def require_unused(self, key: AttemptKey, *, now: float) -> None:
         """Raise ConflictError(ALREADY_EXISTS) if this key is booked, or was and ended lately."""
-        if key in self._bookings or self._ended_lately(key, now=now):
+        if key in self._bookings:
+            raise ConflictError(Reason.ALREADY_EXISTS, f"{key}: reserved already")
+        if self._ended_lately(key, now=now):
             raise ConflictError(
-                Reason.ALREADY_EXISTS, f"{key}: reserved, or released already; the next attempt is free"
+                Reason.ALREADY_EXISTS,
+                f"{key}: its reservation has ended, and is not made again with any content; the next attempt is free",
             )
 
     def complete_prefill(self, key: AttemptKey, *, now: float) -> None:
@@ -158,6 +162,8 @@ class LoadTable:
         load = self._ranks[booking.worker]
         load.output_parts -= booking.output_parts
         booking.output_blocks += count
+        if load.report is not None and load.report.total_blocks:  # 0 = not said
+            booking.output_blocks = min(booking.output_blocks, load.report.total_blocks)
         load.output_parts += booking.output_parts
         self._publish(load)
 

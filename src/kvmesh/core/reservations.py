@@ -60,7 +60,7 @@ class Reservations:
     def find(self, key: AttemptKey, query: RoutingQuery) -> Reservation | None:
         """Return the answer given before. Raises: ConflictError(ALREADY_EXISTS) if it was to another query."""
         answer = self._answers.get(key)
-        if answer is not None and not _is_same(answer.selection.query, query):
+        if answer is not None and not is_same_query(answer.selection.query, query):
             raise ConflictError(Reason.ALREADY_EXISTS, f"{key}: reserved with other content")
         return answer
 
@@ -99,7 +99,7 @@ def _size(selection: Selection) -> int:
     return size
 
 
-def _is_same(before: RoutingQuery | None, query: RoutingQuery) -> bool:
+def is_same_query(before: RoutingQuery | None, query: RoutingQuery) -> bool:
     """Compare as the caller would: for which block sizes a prompt was hashed depends on the workers alive then."""
     if before is None or replace(before, block_hashes={}) != replace(query, block_hashes={}):
         return False

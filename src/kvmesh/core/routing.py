@@ -152,13 +152,11 @@ class RoutingCore(WorkerStates):
     def reserve(self, key: AttemptKey, query: RoutingQuery, *, now: float) -> Reservation:
         """Choose a worker and book the request on it; the same again gives the same answer.
 
-        Raises: what `select` raises, and ConflictError(ALREADY_EXISTS) if the key is booked for another query or its
-        booking has ended.
+        Raises: what `select` raises, and as `find_booked`.
         """
-        held = self._reservations.find(key, query)
+        held = self.find_booked(key, query, now=now)
         if held is not None:
             return held
-        self._loads.require_unused(key, now=now)
         selection = self.select(query, now=now)
         record = self._roster.get(selection.worker.worker_id)
         assert record is not None, "who was chosen is alive"
@@ -183,6 +181,16 @@ class RoutingCore(WorkerStates):
         reservation = Reservation(key, reservation_id, selection)
         self._reservations.put(reservation)
         return reservation
+
+    def find_booked(self, key: AttemptKey, query: RoutingQuery, *, now: float) -> Reservation | None:
+        """Return the answer that `reserve` gave before; None while the key is free. O(1) but for the prompt's hashes.
+
+        Raises: ConflictError(ALREADY_EXISTS) if the key is booked for another query or its booking has ended.
+        """
+        held = self._reservations.find(key, query)
+        if held is None:
+            self._loads.require_unused(key, now=now)
+        return held
 
     def report_progress(
         self,

@@ -170,7 +170,11 @@ class OpenAIRequest(_Strict):
         return orjson.dumps(self.response_format).decode()
 
 
-_SAMPLING_FIELDS = {"sampling.response_format": "response_format", "sampling.max_tokens": "max_tokens"}
+_SAME_IN_BOTH = {
+    "query.model": "model",
+    "sampling.response_format": "response_format",
+    "sampling.max_tokens": "max_tokens",
+}
 
 
 class ChatRequest(OpenAIRequest):
@@ -178,7 +182,7 @@ class ChatRequest(OpenAIRequest):
 
     mesh_fields: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(("prompt", "prompt.messages", "prompt.messages.messages", "text", "token_ids"), "messages"),
-        **_SAMPLING_FIELDS,
+        **_SAME_IN_BOTH,
         "sampling.logprobs": "logprobs",
     }
     messages: list[Message]
@@ -212,7 +216,7 @@ class CompletionRequest(OpenAIRequest):
 
     mesh_fields: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(("prompt.text", "prompt.token_ids", "text", "token_ids"), "prompt"),
-        **_SAMPLING_FIELDS,
+        **_SAME_IN_BOTH,
         "sampling.logprobs": "logprobs",
     }
     prompt: Annotated[

@@ -8,6 +8,7 @@
                      -- it can be booked nowhere any more, e.g. its pinned worker left --> failed
 
 Whoever waits is booked by one task, in order, whenever a load may have gone down; so no two compete for one room.
+Whoever asks for what is booked is answered at once, whoever asks for what somebody waits for waits along.
 """
 
 import asyncio
@@ -17,9 +18,9 @@ from dataclasses import dataclass
 from kvmesh import telemetry
 from kvmesh.core.admission import AdmissionOrder, AdmissionQueue, AdmissionRules, Waiting, lane_of
 from kvmesh.core.candidates import RoutingQuery
-from kvmesh.core.errors import BackOffError, MeshError, NotKnownError, Reason, TryElsewhereError
+from kvmesh.core.errors import BackOffError, ConflictError, MeshError, Reason, TryElsewhereError
 from kvmesh.core.ids import AttemptKey
-from kvmesh.core.reservations import Reservation
+from kvmesh.core.reservations import Reservation, is_same_query
 from kvmesh.core.routing import RoutingCore
 from kvmesh.services.owned_tasks import OwnedTasks
 from kvmesh.services.signal import Flag, Signal
@@ -32,13 +33,17 @@ _LOOK_AGAIN_S = 1.0
 _RETRY_AFTER_S = 1.0
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _Wish:
-    """What one caller waits for."""
+    """What the callers of one key wait for, mostly a single one."""
 
     key: AttemptKey
     query: RoutingQuery
     booked: asyncio.Future[Reservation]
+    callers: int = 0
+    """Those who wait now."""
+    was_told: bool = False
+    """A caller has its booking, and with it the duty to release it."""
 
 
 class Admission:
@@ -53,6 +58,8 @@ class Admission:
         self._news = news
         self._on_booked = on_booked
         self._queue: AdmissionQueue[_Wish] = AdmissionQueue(rules)
+        self._waiting: dict[AttemptKey, Waiting[_Wish]] = {}
+        """Until the last of its callers has its answer, or has left."""
         self._arrival = Flag()
         self._room = Flag()
         self._may_have_room = False
@@ -81,14 +88,22 @@ class Admission:
         if self._queue:
             self._look_soon()
 
-    async def reserve(self, key: AttemptKey, query: RoutingQuery, *, until: float | None = None) -> Reservation:
-        """Book, waiting for room as the rules say, but not beyond `until` on the loop's clock.
+    def reserve_at_once(self, key: AttemptKey, query: RoutingQuery) -> Reservation | None:
+        """Book; None if it would have to wait for room.
 
-        Raises: what `RoutingCore.reserve` raises; BackOffError(OVERLOADED) at once, or when the wait is over.
+        Raises: what `RoutingCore.reserve` raises; BackOffError(OVERLOADED) where waiting is not allowed.
         """
         if self._may_have_room:
             self._admit_some()  # room that is there belongs to whoever waits for it
-        if self._rules.wait_s <= 0 or not self._queue.has_lane(lane_of(query)) or self._is_known(key):
+        waiting = self._waiting.get(key)
+        if waiting is not None:
+            if not is_same_query(waiting.item.query, query):
+                raise ConflictError(Reason.ALREADY_EXISTS, f"{key}: waits for room with other content")
+            return None
+        held = self._core.find_booked(key, query, now=asyncio.get_running_loop().time())
+        if held is not None:
+            return held
+        if self._rules.wait_s <= 0 or not self._queue.has_lane(lane_of(query)):
             try:
                 return self._book(key, query)
             except BackOffError as error:
@@ -101,33 +116,50 @@ class Admission:
                 f"{len(self._queue)} requests wait for room already",
                 retry_after_s=_RETRY_AFTER_S,
             )
-        return await self._wait(key, query, until)
+        return None
 
-    async def _wait(self, key: AttemptKey, query: RoutingQuery, until: float | None) -> Reservation:
+    async def reserve(self, key: AttemptKey, query: RoutingQuery, *, until: float | None = None) -> Reservation:
+        """Book, waiting for room as the rules say, but not beyond `until` on the loop's clock.
+
+        Raises: what `reserve_at_once` raises; BackOffError(OVERLOADED) when the wait is over.
+        """
+        reservation = self.reserve_at_once(key, query)
+        if reservation is not None:
+            return reservation
+        return await self._wait(self._waiting.get(key) or self._put(key, query), until)
+
+    def _put(self, key: AttemptKey, query: RoutingQuery) -> Waiting[_Wish]:
         loop = asyncio.get_running_loop()
-        arrived_at = loop.time()
-        deadline = arrived_at + self._rules.wait_s
-        wish = _Wish(key, query, loop.create_future())
         waiting = Waiting(
-            item=wish,
+            item=_Wish(key, query, loop.create_future()),
             lane=lane_of(query),
-            arrived_at=arrived_at,
+            arrived_at=loop.time(),
             priority=query.hints.priority,
             new_tokens=self._new_tokens(query),
         )
         self._queue.put(waiting)
+        self._waiting[key] = waiting
         telemetry.ADMISSION_WAITING.set(len(self._queue))
         self._arrival.fire()
         self._look_soon()  # under some orders it goes before those that wait
+        return waiting
+
+    async def _wait(self, waiting: Waiting[_Wish], until: float | None) -> Reservation:
+        """Wait as one of a wish's callers, each with a deadline of its own."""
+        loop = asyncio.get_running_loop()
+        arrived_at = loop.time()
+        deadline = arrived_at + self._rules.wait_s
+        wish = waiting.item
+        wish.callers += 1
         outcome = "failed"
         try:
             async with asyncio.timeout_at(deadline if until is None else min(deadline, until)):
-                reservation = await wish.booked
+                reservation = await asyncio.shield(wish.booked)  # another may wait for the same
             outcome = "admitted"
+            wish.was_told = True
             return reservation
         except TimeoutError as exc:
             outcome = "timed_out"
-            self._give_back(wish)
             raise BackOffError(
                 Reason.OVERLOADED,
                 f"no worker had room for {loop.time() - arrived_at:.1f} s",
@@ -135,17 +167,21 @@ class Admission:
             ) from exc
         except asyncio.CancelledError:
             outcome = "cancelled"
-            self._give_back(wish)
             raise
         finally:
-            self._queue.remove(waiting)
+            wish.callers -= 1
+            if not wish.callers:
+                self._end(waiting)
             telemetry.ADMISSION_WAITING.set(len(self._queue))
             telemetry.ADMISSION_WAITS.labels(outcome=outcome).inc()
             telemetry.ADMISSION_WAIT.observe(loop.time() - arrived_at)
 
-    def _give_back(self, wish: _Wish) -> None:
-        """End the booking of a caller who left in the moment it was booked."""
-        if wish.booked.done() and not wish.booked.cancelled() and wish.booked.exception() is None:
+    def _end(self, waiting: Waiting[_Wish]) -> None:
+        """Forget a wish without callers; a booking that none of them heard of, all having left, is ended."""
+        wish = waiting.item
+        self._queue.remove(waiting)
+        del self._waiting[wish.key]
+        if wish.booked.done() and wish.booked.exception() is None and not wish.was_told:
             self._core.release(wish.key, now=asyncio.get_running_loop().time())
             self.load_changed()
 
@@ -195,14 +231,6 @@ class Admission:
         reservation = self._core.reserve(key, query, now=asyncio.get_running_loop().time())
         self._on_booked(reservation)
         return reservation
-
-    def _is_known(self, key: AttemptKey) -> bool:
-        """Tell whether this was booked lately: asking again is answered as before, and waits for nothing."""
-        try:
-            self._core.explain(key)
-        except NotKnownError:
-            return False
-        return True
 
     def _new_tokens(self, query: RoutingQuery) -> int:
         """Return what the worker with most of the prompt would have to compute; it counts under `shortest` alone."""

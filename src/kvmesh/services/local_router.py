@@ -110,6 +110,16 @@ class LocalRouter:
         if self._decision_log is not None:
             await self._decision_log.aclose()
 
+    def reserve_at_once(self, key: AttemptKey, query: RoutingQuery, *, wait_s: float = 0.0) -> Reservation | None:
+        """Book as `reserve` does if that needs no waiting; None where it would have to. Raises: as `reserve`."""
+        try:
+            return self._admission.reserve_at_once(key, query)
+        except MeshError as error:
+            if error.reason is Reason.NO_WORKERS and wait_s > 0:
+                return None
+            self._metrics.refused(error)
+            raise
+
     async def reserve(
         self, key: AttemptKey, query: RoutingQuery, *, wait_s: float = 0.0, until: float | None = None
     ) -> Reservation:

@@ -4,17 +4,19 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from functools import partial
 from typing import TYPE_CHECKING
 
 import grpc
 
 from kvmesh.core.candidates import RoutingQuery, Selection
 from kvmesh.core.errors import Reason, TryElsewhereError
-from kvmesh.core.ids import WorkerId
+from kvmesh.core.ids import AttemptKey, WorkerId
+from kvmesh.core.reservations import Reservation
 from kvmesh.core.waits import Waits
 from kvmesh.services.local_router import LocalRouter
 from kvmesh.services.recent_decisions import MAX_DECISIONS
-from kvmesh.services.router_exchange import RouterExchange
+from kvmesh.services.router_exchange import RouterExchange, WaitToReserve
 from kvmesh.services.router_metrics import observe_stage
 from kvmesh.v1 import router_pb2, router_pb2_grpc
 from kvmesh.wire import routing, routing_answers
@@ -52,7 +54,8 @@ class Router(router_pb2_grpc.RouterServicer):
 
     async def Reserve(self, request: router_pb2.ReserveRequest, context: "Context") -> router_pb2.ReserveResponse:
         """See the contract."""
-        return await self._reserve(request, context.time_remaining())
+        begun = self._begin_reserve(request, context.time_remaining())
+        return begun if isinstance(begun, router_pb2.ReserveResponse) else await begun()
 
     async def ReportProgress(
         self, request: router_pb2.ReportProgressRequest, context: "Context"
@@ -72,7 +75,9 @@ class Router(router_pb2_grpc.RouterServicer):
         context: grpc.aio.ServicerContext,  # type: ignore[type-arg]
     ) -> None:
         """See the contract."""
-        exchange = RouterExchange(self._answer_at_once, self._reserve, write_timeout_s=self._waits.exchange_write_s)
+        exchange = RouterExchange(
+            self._answer_at_once, self._begin_reserve, write_timeout_s=self._waits.exchange_write_s
+        )
         await exchange.run(request_iterator, context, closing=self._closing)
 
     async def Explain(self, request: router_pb2.ExplainRequest, context: "Context") -> router_pb2.ExplainResponse:
@@ -172,14 +177,23 @@ class Router(router_pb2_grpc.RouterServicer):
         selection = self._router.select(self._query(request.query))
         return router_pb2.SelectResponse(worker=self._selected(selection))
 
-    async def _reserve(
+    def _begin_reserve(
         self, request: router_pb2.ReserveRequest, remaining_s: float | None
+    ) -> router_pb2.ReserveResponse | WaitToReserve:
+        """Book, or return how to wait for it: within `remaining_s`, None = no bound, in time to say how it ended."""
+        key, query = routing.key_from_proto(request.request_id, request.attempt), self._query(request.query)
+        reservation = self._router.reserve_at_once(key, query, wait_s=self._waits.route_s)
+        if reservation is not None:
+            return self._reserved(request, reservation)
+        return partial(self._wait_to_reserve, request, key, query, remaining_s)
+
+    async def _wait_to_reserve(
+        self, request: router_pb2.ReserveRequest, key: AttemptKey, query: RoutingQuery, remaining_s: float | None
     ) -> router_pb2.ReserveResponse:
-        """Book; of `remaining_s`, None = without bound, the wait for room leaves time to say how it ended."""
-        key = routing.key_from_proto(request.request_id, request.attempt)
-        reservation = await self._router.reserve(
-            key, self._query(request.query), wait_s=self._waits.route_s, until=_before_deadline(remaining_s)
-        )
+        until = _before_deadline(remaining_s)
+        return self._reserved(request, await self._router.reserve(key, query, wait_s=self._waits.route_s, until=until))
+
+    def _reserved(self, request: router_pb2.ReserveRequest, reservation: Reservation) -> router_pb2.ReserveResponse:
         response = router_pb2.ReserveResponse(
             worker=self._selected(reservation.selection),
             router_id=self._router.router_id,

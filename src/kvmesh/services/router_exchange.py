@@ -8,7 +8,8 @@ Laws:
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any
 
 import grpc
 import structlog
@@ -33,17 +34,19 @@ _SHORTEST_TIMEOUT_S = 0.001
 
 AnswerAtOnce = Callable[[router_pb2.RouterQuestion, router_pb2.RouterAnswer], None]
 """Writes what a question that never waits is answered. Raises: what its call raises."""
-Reserve = Callable[[router_pb2.ReserveRequest, float | None], Awaitable[router_pb2.ReserveResponse]]
-"""Books, in at most so many seconds. Raises: what its call raises."""
+WaitToReserve = Callable[[], Coroutine[Any, Any, router_pb2.ReserveResponse]]
+"""Waits for a booking. Raises: what its call raises."""
+BeginReserve = Callable[[router_pb2.ReserveRequest, float | None], router_pb2.ReserveResponse | WaitToReserve]
+"""Books, or returns the wait for it, of at most so many seconds. Raises: what its call raises."""
 
 
 class RouterExchange:
     """One open exchange."""
 
-    def __init__(self, answer_at_once: AnswerAtOnce, reserve: Reserve, *, write_timeout_s: float) -> None:
-        """Ask `reserve` for bookings, which may wait, and `answer_at_once` for all else; see `run`."""
+    def __init__(self, answer_at_once: AnswerAtOnce, begin_reserve: BeginReserve, *, write_timeout_s: float) -> None:
+        """Ask `begin_reserve` for bookings, which may have to wait, and `answer_at_once` for all else; see `run`."""
         self._answer_at_once = answer_at_once
-        self._reserve = reserve
+        self._begin_reserve = begin_reserve
         self._write_timeout_s = write_timeout_s
         self._answers: deque[router_pb2.RouterAnswer] = deque()
         self._waiting: dict[int, asyncio.Task[None]] = {}
@@ -100,8 +103,11 @@ class RouterExchange:
                 case None:
                     raise invalid(f"{path}.question", "required: select, reserve, report_progress or release")
                 case "reserve":
-                    self._start(group, question.reserve, timeout_s, answer)
-                    return
+                    begun = self._begin_reserve(question.reserve, timeout_s)
+                    if not isinstance(begun, router_pb2.ReserveResponse):
+                        self._start(group, begun, question.reserve.request_id, timeout_s, answer)
+                        return
+                    answer.reserve.CopyFrom(begun)
                 case _:
                     self._answer_at_once(question, answer)
         except Exception as exc:  # fails alone, as its call would
@@ -111,27 +117,16 @@ class RouterExchange:
     def _start(
         self,
         group: asyncio.TaskGroup,
-        request: router_pb2.ReserveRequest,
+        wait: WaitToReserve,
+        request_id: str,
         timeout_s: float | None,
         answer: router_pb2.RouterAnswer,
     ) -> None:
-        task = group.create_task(self._wait(request, timeout_s, answer))
+        task = group.create_task(_wait(wait, request_id, timeout_s, answer))
         self._tasks.add(task)
         if answer.question_id:
             self._waiting[answer.question_id] = task
         task.add_done_callback(lambda done: self._waited(done, answer))
-
-    async def _wait(
-        self, request: router_pb2.ReserveRequest, timeout_s: float | None, answer: router_pb2.RouterAnswer
-    ) -> None:
-        structlog.contextvars.bind_contextvars(request_id=request.request_id)
-        try:
-            async with asyncio.timeout(timeout_s):
-                answer.reserve.CopyFrom(await self._reserve(request, timeout_s))
-        except TimeoutError:
-            _refuse(answer, OutOfTimeError(Reason.DEADLINE, "the question's timeout is over"))
-        except Exception as exc:  # fails alone, as its call would
-            _refuse(answer, _mesh_error(exc))
 
     def _waited(self, task: asyncio.Task[None], answer: router_pb2.RouterAnswer) -> None:
         self._tasks.discard(task)
@@ -169,6 +164,22 @@ class RouterExchange:
         while answers and (size := size + answers[0].ByteSize()) <= _MAX_BYTES:
             taken.append(answers.popleft())
         return router_pb2.RouterExchangeResponse(answers=taken)
+
+
+async def _wait(
+    wait: WaitToReserve,
+    request_id: str,
+    timeout_s: float | None,
+    answer: router_pb2.RouterAnswer,
+) -> None:
+    structlog.contextvars.bind_contextvars(request_id=request_id)
+    try:
+        async with asyncio.timeout(timeout_s):
+            answer.reserve.CopyFrom(await wait())
+    except TimeoutError:
+        _refuse(answer, OutOfTimeError(Reason.DEADLINE, "the question's timeout is over"))
+    except Exception as exc:  # fails alone, as its call would
+        _refuse(answer, _mesh_error(exc))
 
 
 def _refuse(answer: router_pb2.RouterAnswer, error: MeshError) -> None:

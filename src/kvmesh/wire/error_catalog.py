@@ -84,8 +84,8 @@ CATALOG: dict[Reason, CatalogEntry] = {
         "The lease is no longer held: drop the result, it changes nothing.", errors.ConflictError,
     ),
     Reason.ALREADY_EXISTS: CatalogEntry(
-        _C.ALREADY_EXISTS, _INVALID, "already_exists", False, "This key exists with other content.",
-        errors.ConflictError,
+        _C.ALREADY_EXISTS, _INVALID, "already_exists", False,
+        "This key is taken: by other content, or by what has ended.", errors.ConflictError,
     ),
     Reason.PREFILL_FAILED: CatalogEntry(
         _C.UNAVAILABLE, _SERVER, "prefill_failed", True,

@@ -1,7 +1,8 @@
 """A field in the words of the door that was asked.
 
 What refuses a request may be far behind its door, and names the field as its own message does: the router reads
-`hints.pinned_worker_id` where the client wrote `routing.pinned_worker_id`. Each door tells its clients their own names.
+`query.hints.pinned_worker_id` where the client wrote `routing.pinned_worker_id`. Each door tells its clients their own
+names.
 """
 
 from collections.abc import Iterator, Mapping
@@ -9,9 +10,19 @@ from contextlib import contextmanager
 
 from kvmesh.core.errors import MeshError
 
-IN_GENERATE: Mapping[str, str] = {"hints": "routing", "token_ids": "prompt.token_ids", "text": "prompt.text"}
-"""GenerateRequest's path of what routers (RoutingQuery) and workers (DecodeRequest) name, by the start of the path."""
-IN_GENERATE_TEXT: Mapping[str, str] = {"hints": "routing", "prompt.text": "prompt", "text": "prompt"}
+IN_GENERATE: Mapping[str, str] = {
+    "query.model": "model",
+    "query.hints": "routing",
+    "token_ids": "prompt.token_ids",
+    "text": "prompt.text",
+}
+"""GenerateRequest's path of what routers (ReserveRequest) and workers (DecodeRequest) name, by the path's start."""
+IN_GENERATE_TEXT: Mapping[str, str] = {
+    "query.model": "model",
+    "query.hints": "routing",
+    "prompt.text": "prompt",
+    "text": "prompt",
+}
 """Likewise GenerateTextRequest's."""
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +14,14 @@ from kvmesh.core.hashing import text_tokens
 from kvmesh.core.ids import AttemptKey, RequestId, WorkerId
 from kvmesh.core.prompt_blocks import PromptBlocks
 from kvmesh.v1 import generation_pb2, router_pb2
-from kvmesh.wire.validation import check_hints, invalid
+from kvmesh.wire.validation import MAX_CLIENT_ID_BYTES, check_hints, invalid
 
 _TOKEN_BYTES = 4
+_MAX_PROMPT_TOKENS = 1 << 24
+"""Beyond any model's context: a number that nobody counted."""
+_TOKEN_FORMS = ("token_ids", "packed_token_ids")
+_MAX_OUTPUT_BLOCKS = 2**20
+"""In one line of a report: a million tokens in blocks of one. Nothing produces as much within 100 ms."""
 _NO_HINTS = RoutingHints(priority=DEFAULT_PRIORITY)
 
 
@@ -165,13 +171,17 @@ def key_from_proto(request_id: str, attempt: int, *, path: str = "") -> AttemptK
     """Return the key of a reservation. Raises: FixRequestError(INVALID_FIELD) naming the field under `path`."""
     if not request_id:
         raise invalid(f"{path}request_id", "required")
+    if len(request_id.encode()) > MAX_CLIENT_ID_BYTES:  # it is remembered long after the booking has ended
+        raise invalid(f"{path}request_id", f"at most {MAX_CLIENT_ID_BYTES} bytes")
     if attempt < 1:
         raise invalid(f"{path}attempt", "0 is out of range: 1 or more")
     return AttemptKey(RequestId(request_id), attempt)
 
 
 def progress_from_proto(progress: router_pb2.ReservationProgress, *, path: str) -> Progress:
-    """Return the core's form of one line of a report. Raises: as `key_from_proto`."""
+    """Return the core's form of one line of a report. Raises: FixRequestError(INVALID_FIELD) as `key_from_proto`."""
+    if progress.output_blocks > _MAX_OUTPUT_BLOCKS:
+        raise invalid(f"{path}output_blocks", f"{progress.output_blocks} is out of range: 0 to {_MAX_OUTPUT_BLOCKS:,}")
     has_sequence = progress.HasField("accepted_load_sequence")
     return Progress(
         key=key_from_proto(progress.request_id, progress.attempt, path=path),
@@ -185,7 +195,12 @@ def _prompt(
     query: router_pb2.RoutingQuery, block_sizes: Collection[int], path: str
 ) -> tuple[int, dict[int, PromptBlocks]]:
     """Return the prompt's tokens, counted, and its hashes by block size."""
-    match query.WhichOneof("input"):
+    form = query.WhichOneof("input")
+    if query.prompt_tokens > _MAX_PROMPT_TOKENS:
+        raise invalid(f"{path}.prompt_tokens", f"{query.prompt_tokens} is out of range: at most {_MAX_PROMPT_TOKENS}")
+    if query.multimodal and form not in _TOKEN_FORMS:
+        raise invalid(f"{path}.multimodal", f"goes with {' or '.join(_TOKEN_FORMS)}: it names tokens by their index")
+    match form:
         case "token_ids":
             tokens = np.array(query.token_ids.token_ids, dtype=np.uint32)
         case "packed_token_ids":
@@ -201,7 +216,9 @@ def _prompt(
         case _:
             raise invalid(path, "set one of token_ids, packed_token_ids, block_hashes, text, or prompt_tokens alone")
     if not len(tokens):
-        raise FixRequestError(Reason.EMPTY_PROMPT, "", field=f"{path}.{query.WhichOneof('input')}")
+        raise FixRequestError(Reason.EMPTY_PROMPT, "", field=f"{path}.{form}")
+    if form in _TOKEN_FORMS and query.prompt_tokens not in (0, len(tokens)):
+        raise invalid(f"{path}.prompt_tokens", f"{query.prompt_tokens} are not the {len(tokens)} of {form}")
     _check_spans(query, prompt_tokens=len(tokens), path=path)
     return len(tokens), block_hashes_by_size(tokens, block_sizes, query.hints, query.multimodal)
 
@@ -213,6 +230,10 @@ def _check_spans(query: router_pb2.RoutingQuery, *, prompt_tokens: int, path: st
             raise invalid(
                 f"{path}.multimodal[{index}]", f"tokens {span.first_token} to {end} are not within {prompt_tokens}"
             )
+    in_order = sorted(enumerate(query.multimodal), key=lambda numbered: numbered[1].first_token)
+    for (_, before), (index, span) in pairwise(in_order):
+        if before.first_token + before.token_count > span.first_token:
+            raise invalid(f"{path}.multimodal[{index}]", f"token {span.first_token} lies in another span already")
 
 
 def _given_hashes(query: router_pb2.RoutingQuery, block_sizes: Collection[int], path: str) -> dict[int, PromptBlocks]:

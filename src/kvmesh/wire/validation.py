@@ -3,6 +3,7 @@
 import orjson
 from google.protobuf import duration_pb2
 
+from kvmesh.core.candidates import MAX_WEIGHT
 from kvmesh.core.errors import FixRequestError, Reason
 from kvmesh.v1 import frontend_pb2, generation_pb2
 
@@ -82,8 +83,10 @@ def check_hints(hints: generation_pb2.RoutingHints, *, path: str = "routing") ->
     """Raises: FixRequestError(INVALID_FIELD) naming the field under `path` and its range."""
     for name in ("overlap_credit", "prefill_scale", "request_weight", "temperature"):
         value = getattr(hints.cost, name)
-        if not 0 <= value < float("inf"):
-            raise invalid(f"{path}.cost.{name}", f"{value:g} is out of range: 0 or more")
+        if not 0 <= value <= MAX_WEIGHT:
+            raise invalid(f"{path}.cost.{name}", f"{value:g} is out of range: 0 to {MAX_WEIGHT:,.0f}")
+    if len(hints.session_id.encode()) > MAX_CLIENT_ID_BYTES:
+        raise invalid(f"{path}.session_id", f"at most {MAX_CLIENT_ID_BYTES} bytes")
     if hints.HasField("pinned_rank") and not hints.pinned_worker_id:
         raise invalid(f"{path}.pinned_rank", "names a rank of pinned_worker_id, which is not set")
 

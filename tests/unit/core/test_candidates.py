@@ -36,7 +36,7 @@ def test_knob_out_of_range_is_refused_and_named(name: str, value: float) -> None
         CostOverrides(**{name: value})
 
     assert caught.value.reason is Reason.INVALID_FIELD
-    assert caught.value.field == f"hints.cost.{name}"
+    assert caught.value.field == f"query.hints.cost.{name}"
 
 
 def test_negative_prompt_is_refused() -> None:

@@ -41,6 +41,7 @@ def report(
     per_router: dict[RouterId, RouterLoad] | None = None,
     unrouted: RouterLoad | None = None,
     at: float = 0,
+    total_blocks: int = 0,
 ) -> LoadReport:
     return LoadReport(
         epoch=epoch,
@@ -49,6 +50,7 @@ def report(
         per_router=per_router or {},
         unrouted=unrouted or RouterLoad(),
         reservation_ids=frozenset(shows),
+        total_blocks=total_blocks,
     )
 
 
@@ -93,6 +95,21 @@ def test_output_and_unhashed_blocks_are_shared_with_nobody(table: LoadTable) -> 
     assert carried(table) == (8, 0)
     table.release(R1, now=1)
     assert carried(table) == (3, 0)
+
+
+@pytest.mark.parametrize(("total", "counted"), [(100, 100), (0, 3_000)])
+def test_output_of_a_booking_counts_for_no_more_than_the_pool_that_the_worker_told_of(
+    table: LoadTable, total: int, counted: int
+) -> None:
+    table.apply_report(W0, report(1, total_blocks=total), now=0)
+    reserve(table, R1, 1)
+
+    for _ in range(3):
+        table.add_output_blocks(R1, 1_000, now=1)
+
+    assert carried(table) == (1 + counted, 0)
+    table.release(R1, now=1)
+    assert carried(table) == (0, 0)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +234,7 @@ def test_key_of_an_ended_booking_cannot_be_booked_again(table: LoadTable) -> Non
     reserve(table, R1, 1)
     table.release(R1, now=1)
 
-    with pytest.raises(ConflictError) as caught:
+    with pytest.raises(ConflictError, match="has ended") as caught:
         reserve(table, R1, 1, now=2)
 
     assert caught.value.reason is Reason.ALREADY_EXISTS

@@ -99,6 +99,9 @@ class NaiveLoadTable:
         booking = self._find(key, now)
         if booking is not None:
             booking.output += count
+            report = self.reports.get(booking.worker)
+            if report is not None and report.total_blocks:
+                booking.output = min(booking.output, report.total_blocks)
 
     def acknowledge(self, key: AttemptKey, accepted_load_sequence: int, *, now: float) -> bool:
         booking = self._find(key, now)
@@ -201,6 +204,7 @@ REPORTS = st.builds(
     per_router=st.fixed_dictionaries({OURS: LOADS}, optional={OTHER: LOADS}),
     unrouted=LOADS,
     reservation_ids=st.frozensets(st.integers(1, 8), max_size=8),
+    total_blocks=st.sampled_from([0, 0, 7]),
 )
 # Prompts are leaves of a narrow tree, so that they share prefixes and branch off one another.
 CHAINS = st.lists(st.sampled_from([0, 0, 1]), max_size=6).map(chain_of)

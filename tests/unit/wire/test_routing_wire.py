@@ -35,10 +35,18 @@ def local_hashes(query: RoutingQuery, block_size: int) -> tuple[int, ...]:
 
 
 def test_tokens_are_counted_and_hashed_for_every_block_size() -> None:
-    query = query_from_proto(proto(token_ids=tokens(*range(64)), prompt_tokens=9), block_sizes={16, 64})
+    query = query_from_proto(proto(token_ids=tokens(*range(64))), block_sizes={16, 64})
 
     assert query.prompt_tokens == 64
     assert query.block_hashes == {16: SEQUENCE_OF_64, 64: (3480597578098033343,)}
+
+
+def test_a_count_of_tokens_that_is_theirs_passes_and_so_do_spans_side_by_side() -> None:
+    spans = [router_pb2.MultimodalSpan(first_token=first, token_count=2) for first in (2, 0)]
+
+    query = query_from_proto(proto(token_ids=tokens(*range(4)), prompt_tokens=4, multimodal=spans), block_sizes={4})
+
+    assert query.prompt_tokens == 4
 
 
 def test_packed_tokens_are_the_same_tokens() -> None:
@@ -158,11 +166,28 @@ def test_unset_fields_are_none_and_set_ones_are_kept() -> None:
             "query.block_hashes.local_hashes",
         ),
         (
-            proto(text="xyz", multimodal=[router_pb2.MultimodalSpan(first_token=2, token_count=2)]),
+            proto(token_ids=tokens(1, 2, 3), multimodal=[router_pb2.MultimodalSpan(first_token=2, token_count=2)]),
             "query.multimodal[0]",
         ),
+        (
+            proto(
+                packed_token_ids=bytes(16),
+                multimodal=[
+                    router_pb2.MultimodalSpan(first_token=1, token_count=2),
+                    router_pb2.MultimodalSpan(first_token=3, token_count=1),
+                    router_pb2.MultimodalSpan(first_token=0, token_count=2),
+                ],
+            ),
+            "query.multimodal[0]",
+        ),
+        (proto(text="xyz", multimodal=[router_pb2.MultimodalSpan(token_count=1)]), "query.multimodal"),
+        (proto(prompt_tokens=3, multimodal=[router_pb2.MultimodalSpan(token_count=1)]), "query.multimodal"),
+        (proto(token_ids=tokens(1, 2), prompt_tokens=3), "query.prompt_tokens"),
+        (proto(packed_token_ids=bytes(8), prompt_tokens=1), "query.prompt_tokens"),
         (proto(packed_token_ids=b"12345"), "query.packed_token_ids"),
         (proto(text="x", hints={"pinned_rank": 0}), "query.hints.pinned_rank"),
+        (proto(text="x", hints={"session_id": "é" * 129}), "query.hints.session_id"),
+        (proto(prompt_tokens=(1 << 24) + 1), "query.prompt_tokens"),
         (
             proto(text="x", hints={"cost": {"temperature": -1}}),
             "query.hints.cost.temperature",
@@ -192,7 +217,20 @@ def test_hashes_of_any_size_pass_while_nobody_serves_the_model() -> None:
     assert query.block_hashes == {8: (1,)}
 
 
-@pytest.mark.parametrize(("request_id", "attempt", "field"), [("", 1, "key.request_id"), ("r", 0, "key.attempt")])
+def test_request_id_of_256_bytes_is_the_longest() -> None:
+    longest = "\N{LLAMA}" * 64
+
+    assert key_from_proto(longest, 1) == AttemptKey(RequestId(longest), 1)
+    with pytest.raises(FixRequestError) as caught:
+        key_from_proto(longest + "x", 1)
+
+    assert (caught.value.reason, caught.value.field) == (Reason.INVALID_FIELD, "request_id")
+
+
+@pytest.mark.parametrize(
+    ("request_id", "attempt", "field"),
+    [("", 1, "key.request_id"), ("r" * 257, 1, "key.request_id"), ("r", 0, "key.attempt")],
+)
 def test_bad_key_is_refused_naming_the_field(request_id: str, attempt: int, field: str) -> None:
     with pytest.raises(FixRequestError) as caught:
         key_from_proto(request_id, attempt, path="key.")
@@ -207,6 +245,17 @@ def test_progress_tells_a_load_sequence_of_zero_from_none() -> None:
 
     assert progress_from_proto(line, path="") == Progress(key=key, prefill_complete=True, output_blocks=3)
     assert progress_from_proto(with_zero, path="") == Progress(key=key, accepted_load_sequence=0)
+
+
+def test_progress_of_more_blocks_than_any_output_takes_is_refused_naming_the_field() -> None:
+    most = router_pb2.ReservationProgress(request_id="r", attempt=1, output_blocks=2**20)
+    more = router_pb2.ReservationProgress(request_id="r", attempt=1, output_blocks=2**20 + 1)
+
+    assert progress_from_proto(most, path="progress[0].").output_blocks == 1_048_576
+    with pytest.raises(FixRequestError) as caught:
+        progress_from_proto(more, path="progress[1].")
+
+    assert (caught.value.reason, caught.value.field) == (Reason.INVALID_FIELD, "progress[1].output_blocks")
 
 
 def test_explanation_shows_every_candidate_by_cost_and_who_was_rejected() -> None:

@@ -5,9 +5,11 @@ import math
 import pytest
 from google.protobuf import duration_pb2
 
+from kvmesh.core.candidates import CostOverrides
 from kvmesh.core.errors import FixRequestError, Reason
 from kvmesh.v1 import frontend_pb2, generation_pb2
 from kvmesh.wire import validation
+from kvmesh.wire.routing import hints_from_proto
 
 Message = generation_pb2.ChatMessage
 Prompt = generation_pb2.Prompt
@@ -99,7 +101,7 @@ def test_sampling_at_its_bounds_passes(sampling: generation_pb2.SamplingParams) 
 
 
 @pytest.mark.parametrize("name", ["overlap_credit", "prefill_scale", "request_weight", "temperature"])
-@pytest.mark.parametrize("value", [-1.0, math.inf, math.nan])
+@pytest.mark.parametrize("value", [-1.0, 1_000_001.0, 1e308, math.inf, math.nan])
 def test_weight_of_the_cost_that_is_no_weight_is_refused(name: str, value: float) -> None:
     hints = generation_pb2.RoutingHints()
     setattr(hints.cost, name, value)
@@ -108,6 +110,16 @@ def test_weight_of_the_cost_that_is_no_weight_is_refused(name: str, value: float
         validation.check_hints(hints)
 
     assert (caught.value.reason, caught.value.field) == (Reason.INVALID_FIELD, f"routing.cost.{name}")
+
+
+def test_weights_of_the_cost_at_their_bounds_pass_and_the_core_takes_them() -> None:
+    for value in (0.0, 1_000_000.0):
+        hints = generation_pb2.RoutingHints()
+        hints.cost.overlap_credit = hints.cost.temperature = value
+
+        validation.check_hints(hints)
+
+        assert hints_from_proto(hints).overrides == CostOverrides(overlap_credit=value, temperature=value)
 
 
 def test_client_id_is_bounded_in_bytes() -> None:
