@@ -41,6 +41,8 @@ def only_line(stderr: str) -> str:
         (["--engine", "simulated", "--engine-option", "total_blocks"], "is not KEY=VALUE"),
         (["--engine", "echo", "--speedup", "2"], "--speedup is for --engine simulated"),
         (["--node-names", "a/b"], "'a/b' cannot name a node"),
+        (["--node-names", "a,b,a"], "'a' is given twice: --node-names"),
+        (["--node-label", "NOPE:zone=a"], "--node-label NOPE:zone=a: no worker is on that node; the nodes are NODE1, "),
         (["--log-level", "loud"], "'debug', 'info', 'warning', 'error' or 'critical'"),
         (["--grpc-host", "0.0.0.0"], "--insecure"),
         (["--config", "none.toml"], "none.toml: no such settings file"),

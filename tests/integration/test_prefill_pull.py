@@ -6,6 +6,7 @@ from typing import Any
 
 import grpc
 import pytest
+import structlog
 
 from kvmesh.core.errors import Reason
 from kvmesh.core.lease_limits import QueueLimits
@@ -218,4 +219,45 @@ async def test_drain_finishes_what_runs_and_counts_what_it_could_not(group: Work
     assert (drained.finished, drained.cancelled) == (0, 1)
     assert holders == [worker.identity.worker_id, other.identity.worker_id]
     engine.held = False
+    await group.wait_idle()
+
+
+async def test_an_undrained_worker_leases_at_once_beside_what_still_runs(group: WorkerGroup) -> None:
+    queue = await group.add_queue()
+    engine = HeldSimulatedEngine(held=True)
+    worker = await group.add_prefill(engine)
+    before = asyncio.ensure_future(outcome(submit(group, "before")))
+    await group.wait_until(worker, lambda info: info.requests == 1)
+    for _ in range(2):
+        drain = group.control(worker).Drain(worker_control_pb2.DrainRequest(timeout=duration(60)), timeout=GENEROUS_S)
+        await group.wait_until(worker, lambda info: info.draining)
+        await group.control(worker).Undrain(worker_control_pb2.UndrainRequest(), timeout=GENEROUS_S)
+        with pytest.raises(grpc.aio.AioRpcError):
+            await drain
+
+    after = asyncio.ensure_future(outcome(submit(group, "after", token_ids=generation_pb2.TokenIds(token_ids=[7] * 6))))
+    await eventually(lambda: queue.queue.stats().leased == 2)
+    engine.held = False
+    results = [await before, await after]
+    for _, completed in results:
+        await release(group, completed.handoff)
+
+    assert [holders for holders, _ in results] == [[worker.identity.worker_id]] * 2, "nothing was leased twice"
+    await group.wait_idle()
+
+
+async def test_log_lines_of_tasks_after_an_undrain_are_not_those_of_its_call(group: WorkerGroup) -> None:
+    await group.add_queue()
+    worker = await group.add_prefill()
+    await group.control(worker).Drain(worker_control_pb2.DrainRequest(), timeout=GENEROUS_S)
+
+    with structlog.testing.capture_logs([structlog.contextvars.merge_contextvars]) as logs:
+        await group.control(worker).Undrain(worker_control_pb2.UndrainRequest(), timeout=GENEROUS_S)
+        _, completed = await outcome(submit(group, "r"))
+    await release(group, completed.handoff)
+
+    lines = {line["event"]: line for line in logs}
+    assert lines["worker.undrained"]["method"].endswith("/Undrain")
+    assert "method" not in lines["prefill.leased"]
+    assert "peer" not in lines["prefill.leased"]
     await group.wait_idle()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
+from structlog.testing import capture_logs
 
 from kvmesh.core.admission import AdmissionRules
 from kvmesh.core.candidates import RoutingQuery
@@ -40,6 +41,7 @@ class Bench:
 
     remote: RemoteRouter
     proxy: TcpProxy
+    discovery: MemoryDiscovery
     numbers: int = 0
 
     async def reserve(self, *, explain: bool = False, wait_s: float = 10.0) -> Booking:
@@ -72,12 +74,7 @@ async def bench(*, router_s: float = 0.3, **router: Any) -> AsyncIterator[Bench]
         proxy = TcpProxy(port)
         await proxy.start()
         stack.push_async_callback(proxy.aclose)
-        await discovery.register(
-            WorkerRecord(
-                worker_id=WorkerId("n/router/0"), epoch=Epoch(1), role=WorkerRole.ROUTER, models=(),
-                namespace="default", block_size=16, address=proxy.address, metadata={ADMISSION_WAIT: "60"},
-            )
-        )  # fmt: skip
+        await discovery.register(router_record(proxy.address))
         channels = Channels()
         stack.push_async_callback(channels.aclose)
         peers = Peers(discovery, namespace="default")
@@ -88,7 +85,14 @@ async def bench(*, router_s: float = 0.3, **router: Any) -> AsyncIterator[Bench]
                 await peers.changed()
         remote = RemoteRouter(peers=peers, channels=channels, waits=Waits(router_s=router_s, connect_s=60.0))
         stack.push_async_callback(remote.aclose)
-        yield Bench(remote, proxy)
+        yield Bench(remote, proxy, discovery)
+
+
+def router_record(address: str, *, epoch: int = 1) -> WorkerRecord:
+    return WorkerRecord(
+        worker_id=WorkerId("n/router/0"), epoch=Epoch(epoch), role=WorkerRole.ROUTER, models=(),
+        namespace="default", block_size=16, address=address, metadata={ADMISSION_WAIT: "60"},
+    )  # fmt: skip
 
 
 async def test_a_router_that_accepts_and_never_answers_costs_one_request_a_short_wait_and_the_next_none() -> None:
@@ -123,6 +127,25 @@ async def test_a_router_that_answers_again_books_again() -> None:
 
     assert unbooked.router_id == UNROUTED
     assert booking.router_id == ROUTER
+
+
+async def test_a_suspect_router_that_is_replaced_elsewhere_is_said_to_be() -> None:
+    with capture_logs() as logs:
+        async with bench() as mesh, asyncio.timeout(GENEROUS_S):
+            suspect, successor = mesh.proxy.address, "127.0.0.1:1"
+            mesh.proxy.stall()
+            await mesh.reserve()
+
+            await mesh.discovery.register(router_record(successor, epoch=2))
+            while not any(line["event"] == "router.replaced" for line in logs):  # noqa: ASYNC110  # it is no event here
+                await asyncio.sleep(0.05)
+
+    told = [line for line in logs if line["event"].startswith("router.")]
+    assert [(line["event"], line["address"]) for line in told] == [
+        ("router.suspect", suspect),
+        ("router.replaced", suspect),
+    ]
+    assert told[-1]["successor"] == successor
 
 
 async def test_a_router_that_lets_a_request_wait_for_room_is_waited_for() -> None:

@@ -12,6 +12,18 @@ if TYPE_CHECKING:
 
     from kvmesh.v1 import frontend_pb2
 
+_OF_THE_ROUTER = (
+    "active_requests",
+    "active_blocks",
+    "waiting_requests",
+    "prefix_hit_rate",
+    "active_prefill_tokens",
+    "indexed_blocks",
+    "index_degraded",
+    "reservations",
+)
+"""Fields of a worker that are known while a router tells of it."""
+
 
 def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -46,12 +58,15 @@ def status(
 
 
 def topology_json(topology: "frontend_pb2.Topology") -> dict[str, Any]:
-    """Return the topology as JSON: every number a number (epochs too), states in lower case, no key left out."""
+    """Return the topology as JSON: numbers as numbers (epochs too), states in lower case, null for what is unknown."""
+    counters = _scalars(topology.counters)
     return {
-        "policy": topology.policy,
-        "workers": [_scalars(worker) | {"state": state_name(worker.state)} for worker in topology.workers],
-        "queue": _scalars(topology.queue),
-        "counters": _scalars(topology.counters),
+        "policy": topology.policy or None,
+        "router_silent": topology.router_silent,
+        "workers": [_worker_json(worker) for worker in topology.workers],
+        "queue": _scalars(topology.queue) if topology.HasField("queue") else None,
+        "queue_silent": topology.queue_silent,
+        "counters": counters | ({"reservations": None} if topology.router_silent else {}),
     }
 
 
@@ -59,7 +74,14 @@ def state_name(state: "frontend_pb2.WorkerState.ValueType") -> str:
     """Return a worker's state as people and scripts read it, e.g. "ready"."""
     from kvmesh.v1 import frontend_pb2
 
+    if state == frontend_pb2.WORKER_STATE_UNSPECIFIED:
+        return "unknown"
     return frontend_pb2.WorkerState.Name(state).removeprefix("WORKER_STATE_").lower()
+
+
+def _worker_json(worker: "frontend_pb2.TopologyWorker") -> dict[str, Any]:
+    unknown = dict.fromkeys(_OF_THE_ROUTER) if worker.load_unknown else {}
+    return _scalars(worker) | {"state": state_name(worker.state)} | unknown
 
 
 def _scalars(message: "Message") -> dict[str, Any]:

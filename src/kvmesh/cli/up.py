@@ -107,6 +107,7 @@ def _serve(loaded: "LoadedSettings[Settings]") -> None:
 
 
 def _mesh(settings: "Settings") -> "ForegroundMesh":
+    _refuse_labels_of_nobody(settings)
     if settings.mesh.processes:
         from kvmesh.runtime.process_mesh import ProcessMesh
 
@@ -114,3 +115,17 @@ def _mesh(settings: "Settings") -> "ForegroundMesh":
     from kvmesh.runtime.mesh import Mesh
 
     return Mesh(settings)
+
+
+def _refuse_labels_of_nobody(settings: "Settings") -> None:
+    """Unlike `serve`, whose labels may be those of a whole fleet, this command knows all the nodes there will be."""
+    from kvmesh.core.errors import FixRequestError, Reason
+
+    nodes = settings.mesh.nodes()
+    for label in settings.mesh.node_labels:
+        if label.partition(":")[0] not in nodes:
+            raise FixRequestError(
+                Reason.INVALID_FIELD,
+                f"--node-label {label}: no worker is on that node; the nodes are {', '.join(nodes)}",
+                field="mesh.node_labels",
+            )

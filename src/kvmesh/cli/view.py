@@ -15,7 +15,8 @@ _LABEL_WIDTH = 10
 """Of what stands before the addresses and the command."""
 _WIDTH_WITH_BARS = 100
 """From here on the table has room for the bars beside its figures."""
-_STATE_STYLES = {"ready": "green", "draining": "yellow", "suspect": "red"}
+_STATE_STYLES = {"ready": "green", "draining": "yellow", "suspect": "red", "unknown": "red"}
+_UNKNOWN = "-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,9 @@ def topology_view(
     parts: list[RenderableType] = [workers_table(topology, max_workers=max_workers, has_bars=width >= _WIDTH_WITH_BARS)]
     if max_workers is not None and (hidden := len(topology.workers) - max_workers) > 0:
         parts.append(Text(f"and {hidden} more: kvmesh status", style="dim"))
-    parts.append(queue_line(topology.queue))
+    if topology.router_silent:
+        parts.append(Text("router    not answering", style="red"))
+    parts.append(queue_line(topology))
     parts.append(requests_line(topology.counters, tokens_per_s=tokens_per_s))
     parts.append(cache_line(topology))
     return Group(*parts)
@@ -92,27 +95,32 @@ def workers_table(
     table.add_column("cache hits", justify="right")
     for worker in topology.workers[:max_workers]:
         state = state_name(worker.state)
+        is_known = not worker.load_unknown
+        used = str(worker.active_blocks) if is_known else _UNKNOWN
         table.add_row(
             Text(worker.id),
             Text(worker.role),
             Text(state, style=_STATE_STYLES.get(state, "")),
-            str(worker.active_requests),
-            str(worker.waiting_requests),
-            f"{worker.active_blocks}/{worker.total_blocks}" if worker.total_blocks else "-",
+            str(worker.active_requests) if is_known else _UNKNOWN,
+            str(worker.waiting_requests) if is_known else _UNKNOWN,
+            f"{used}/{worker.total_blocks}" if worker.total_blocks else _UNKNOWN,
             *([_bar(worker)] if has_bars else []),
-            f"{worker.prefix_hit_rate:.0%}",
+            f"{worker.prefix_hit_rate:.0%}" if is_known else _UNKNOWN,
         )
     return table if topology.workers else Text("no workers", style="red")
 
 
 def _bar(worker: frontend_pb2.TopologyWorker) -> RenderableType:
-    if not worker.total_blocks:
+    if not worker.total_blocks or worker.load_unknown:
         return ""
     return ProgressBar(total=worker.total_blocks, completed=worker.active_blocks, width=_BAR_WIDTH)
 
 
-def queue_line(queue: frontend_pb2.QueueStats) -> Text:
+def queue_line(topology: frontend_pb2.Topology) -> Text:
     """Return the prefill queue in one line."""
+    if not topology.HasField("queue"):
+        return Text("queue     not answering", style="red") if topology.queue_silent else Text("queue     none known")
+    queue = topology.queue
     return Text(f"queue     {queue.depth} waiting, {queue.leased} leased, {queue.dead} dead")
 
 
@@ -137,8 +145,9 @@ def cache_line(topology: frontend_pb2.Topology) -> Text:
     counters = topology.counters
     hits = _share(counters.cached_tokens, counters.prompt_tokens)
     predicted = _share(counters.predicted_cached_tokens, counters.prompt_tokens)
-    by = f", index {topology.index}" if topology.index not in ("", "events") else ""
-    return Text(f"cache     {hits} of prompt tokens hit, {predicted} predicted by {topology.policy}{by}")
+    policy = f" by {topology.policy}" if topology.policy else ""
+    index = f", index {topology.index}" if topology.index not in ("", "events") else ""
+    return Text(f"cache     {hits} of prompt tokens hit, {predicted} predicted{policy}{index}")
 
 
 def curl_line(http_address: str, *, width: int = _WIDTH_WITH_BARS) -> str:
@@ -158,4 +167,4 @@ def _size(count_bytes: int) -> str:
 
 
 def _share(part: int, whole: int) -> str:
-    return f"{part / whole:.1%}" if whole else "-"
+    return f"{part / whole:.1%}" if whole else _UNKNOWN

@@ -24,7 +24,7 @@ class RunFolder:
 
     def remove(self) -> None:
         """Remove it and what is in it. Idempotent."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        _remove(self.path)
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
@@ -36,6 +36,17 @@ def _remove_abandoned(parent: Path) -> None:
             fd = os.open(lock, os.O_RDWR)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(lock.parent, ignore_errors=True)
+                _remove(lock.parent)
             finally:
                 os.close(fd)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, its lock last: what a process still writes to stays, and is found by the next one."""
+    with contextlib.suppress(OSError):
+        for each in folder.iterdir():
+            if each.is_dir():
+                shutil.rmtree(each)
+            elif each.name != _LOCK:
+                each.unlink()
+        shutil.rmtree(folder)

@@ -53,6 +53,8 @@ class MeshSettings(Section):
         for name in names:
             if not name or "/" in name or not name.isprintable():
                 raise ValueError(f"{name!r} cannot name a node: one or more printable characters, and no '/'")
+            if names.count(name) > 1:
+                raise ValueError(f"{name!r} is given twice: --node-names are taken round robin, so once is enough")
         return names
 
     @field_validator("node_labels")
@@ -68,6 +70,10 @@ class MeshSettings(Section):
         """Return the labels of the workers of a node."""
         pairs = [label.partition(":")[2] for label in self.node_labels if label.partition(":")[0] == node]
         return {key: value for key, _, value in (pair.partition("=") for pair in pairs)}
+
+    def nodes(self) -> list[str]:
+        """Return the nodes that have workers, in order."""
+        return list(dict.fromkeys(self.node_name(index) for index in range(self.decode + self.prefill)))
 
     def node_name(self, worker_index: int) -> str:
         """Return the node of the worker with this index from 0: decode workers come first, then prefill workers."""

@@ -1,6 +1,7 @@
 """The prefill worker's pull loop: attach to the queue, lease what fits, compute, complete."""
 
 import asyncio
+import contextvars
 import random
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
@@ -75,6 +76,7 @@ class PrefillPull:
         """None before `start`, and once a drain has ended it."""
         self._leasing: asyncio.Task[None] | None = None
         self._attached = asyncio.Event()
+        self._undrained = asyncio.Event()
 
     def __len__(self) -> int:
         return len(self._running)
@@ -91,6 +93,7 @@ class PrefillPull:
     async def drain(self, timeout_s: float) -> tuple[int, int]:
         """Lease nothing new, finish what runs within `timeout_s`; return (finished, cancelled)."""
         self.draining = True
+        self._undrained.clear()
         if self._leasing is not None:
             self._leasing.cancel()  # the attachment stays: its end would requeue what runs
         running = list(self._running.values())
@@ -103,11 +106,13 @@ class PrefillPull:
         return len(running) - len(left), len(left)
 
     def undrain(self) -> None:
-        """Lease again: under the attachment to come, where what ran before the drain holds the old one. Idempotent."""
+        """Lease again at once: under the attachment that what still runs has held, else under a new one. Idempotent."""
         if self.draining:
             self.draining = False
+            self._undrained.set()
             if self._pulling is None or self._pulling.done():
-                self.start()
+                # A context of its own: the log lines of tasks to come do not belong to the call that ends the drain.
+                contextvars.Context().run(self.start)
 
     async def aclose(self) -> None:
         """Stop pulling; what runs is given up, and requeued by the end of the attachment."""
@@ -153,15 +158,25 @@ class PrefillPull:
             self._readiness.set_lack(Part.QUEUE, "")
             log.info("prefill.attached", worker_id=self._identity.worker_id)
             async with asyncio.TaskGroup() as group:
-                self._leasing = group.create_task(self._lease(stub, address))
                 hearing = group.create_task(self._hear(heard))
-                await asyncio.wait((hearing, self._leasing), return_when=asyncio.FIRST_COMPLETED)
-                self._leasing.cancel()
+                while not hearing.done() and self._queues.address() == address:
+                    self._leasing = group.create_task(self._lease(stub, address))
+                    await _first_of(hearing, self._leasing)
+                    self._leasing.cancel()
+                    if self.draining:  # the attachment stays for what runs, and for what an undrain lets it lease
+                        idle, undrained = (
+                            group.create_task(wait) for wait in (self._wait_idle(), self._wait_undrained())
+                        )
+                        await _first_of(hearing, idle, undrained)
+                        idle.cancel()
+                        undrained.cancel()
+                        if self.draining and not self._running:
+                            break
                 # A queue that drains keeps the attachment for what still runs: its end would requeue it. A queue that
                 # ends it first is gone, and the next one is not to wait for what was leased by this one.
                 hearing = group.create_task(self._hear(heard)) if hearing.done() else hearing
                 parts = [hearing, group.create_task(self._wait_idle())]
-                await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
+                await _first_of(*parts)
                 for part in parts:
                     part.cancel()
         finally:
@@ -172,6 +187,9 @@ class PrefillPull:
         while self._running:
             self._slot_free.clear()
             await self._slot_free.wait()
+
+    async def _wait_undrained(self) -> None:
+        await self._undrained.wait()
 
     async def _hear(self, notices: AsyncIterator[prefill_queue_pb2.AttachResponse]) -> None:
         async for notice in notices:
@@ -284,6 +302,10 @@ class PrefillPull:
         except grpc.aio.AioRpcError as exc:
             _count_wait(exc)
             log.warning("prefill.fail_not_told", error=_one_line(exc))  # the lease expires instead
+
+
+async def _first_of(*tasks: asyncio.Task[None]) -> None:
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
 
 
 def _key(leased: prefill_queue_pb2.LeasedTask) -> prefill_queue_pb2.TaskKey:

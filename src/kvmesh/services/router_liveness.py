@@ -77,6 +77,9 @@ class RouterLiveness:
             if await self._is_alive(address):
                 log.info("router.back", address=address)
                 break
+        else:
+            successor = self._current()
+            log.info("router.gone" if successor is None else "router.replaced", address=address, successor=successor)
         if address == self._suspect:
             self._suspect = None
 

@@ -27,6 +27,8 @@ class RouterSight:
     """How it chooses; "" while that is not known."""
     index: str = ""
     """What it knows caches by; "" while that is not known."""
+    is_silent: bool = False
+    """It was asked, and no router answered."""
 
 
 class RouterView(Protocol):
@@ -67,30 +69,35 @@ class RemoteRouterView:
         """Find workers and router by `peers`."""
         self._peers = peers
         self._channels = channels
-        self._answer = router_pb2.ListWorkersResponse()
+        self._answer: router_pb2.ListWorkersResponse | None = None
+        self._is_silent = False
+        """Unlike a missing answer, False before the first question."""
 
     def now(self) -> RouterSight:
         """See `RouterView.now`: as old as the last refresh."""
-        lines = {(line.worker_id, line.epoch): line for line in self._answer.workers}
+        answer = self._answer or router_pb2.ListWorkersResponse()
+        lines = {(line.worker_id, line.epoch): line for line in answer.workers}
         records = [record for record in self._peers.roster.records() if record.role.is_worker]
         return RouterSight(
             workers=tuple(_from_line(record, lines.get((record.worker_id, record.epoch))) for record in records),
-            reservations=sum(line.reservations for line in self._answer.workers),
-            policy=self._answer.policy,
-            index=self._answer.index,
+            reservations=sum(line.reservations for line in answer.workers),
+            policy=answer.policy,
+            index=answer.index,
+            is_silent=self._is_silent,
         )
 
     async def refresh(self) -> None:
         """See `RouterView.refresh`."""
         address = self._peers.router_address()
-        self._answer = router_pb2.ListWorkersResponse() if address is None else await self._ask(address)
+        self._answer = None if address is None else await self._ask(address)
+        self._is_silent = self._answer is None
 
-    async def _ask(self, address: str) -> router_pb2.ListWorkersResponse:
+    async def _ask(self, address: str) -> router_pb2.ListWorkersResponse | None:
         stub = router_pb2_grpc.RouterStub(self._channels.get(address))
         try:
             return await stub.ListWorkers(router_pb2.ListWorkersRequest(), timeout=_TIMEOUT_S)
         except grpc.aio.AioRpcError:
-            return router_pb2.ListWorkersResponse()
+            return None
 
 
 def _from_record(record: WorkerRecord) -> frontend_pb2.TopologyWorker:
@@ -122,16 +129,19 @@ def _from_snapshot(snapshot: WorkerSnapshot) -> frontend_pb2.TopologyWorker:
 
 def _from_line(record: WorkerRecord, line: router_pb2.RouterWorker | None) -> frontend_pb2.TopologyWorker:
     worker = _from_record(record)
-    worker.state = _state(draining=record.draining, stale=line is not None and line.stale)
-    if line is not None:
-        worker.active_requests = line.active_requests
-        worker.active_blocks = line.active_blocks
-        worker.waiting_requests = line.waiting_requests
-        worker.prefix_hit_rate = line.prefix_hit_rate
-        worker.active_prefill_tokens = line.active_prefill_tokens
-        worker.indexed_blocks = line.indexed_blocks
-        worker.index_degraded = line.index_degraded
-        worker.reservations = line.reservations
+    if line is None:  # shown as what it is: unknown, but for what the worker says of itself in discovery
+        worker.state = frontend_pb2.WORKER_STATE_DRAINING if record.draining else frontend_pb2.WORKER_STATE_UNSPECIFIED
+        worker.load_unknown = True
+        return worker
+    worker.state = _state(draining=record.draining, stale=line.stale)
+    worker.active_requests = line.active_requests
+    worker.active_blocks = line.active_blocks
+    worker.waiting_requests = line.waiting_requests
+    worker.prefix_hit_rate = line.prefix_hit_rate
+    worker.active_prefill_tokens = line.active_prefill_tokens
+    worker.indexed_blocks = line.indexed_blocks
+    worker.index_degraded = line.index_degraded
+    worker.reservations = line.reservations
     return worker
 
 

@@ -29,6 +29,8 @@ class TopologyView:
         self._queues = QueueLocator(peers=peers, channels=channels)
         self._channels = channels
         self._queue: frontend_pb2.QueueStats | None = None
+        self._is_queue_silent = False
+        """It was asked and did not answer; False while none is known."""
         self._tasks = OwnedTasks()
 
     def start(self) -> None:
@@ -51,6 +53,8 @@ class TopologyView:
             policy=sight.policy,
             index=sight.index,
             latencies=_latencies(self._totals.latencies()),
+            router_silent=sight.is_silent,
+            queue_silent=self._is_queue_silent,
         )
 
     async def refreshed(self) -> frontend_pb2.Topology:
@@ -69,15 +73,15 @@ class TopologyView:
     async def _ask_queue(self) -> None:
         address = self._queues.address()
         if address is None:
-            self._queue = None
+            self._queue, self._is_queue_silent = None, False
             return
         stub = prefill_queue_pb2_grpc.PrefillQueueStub(self._channels.get(address))
         try:
             answer = await stub.GetStats(prefill_queue_pb2.GetStatsRequest(), timeout=_QUEUE_TIMEOUT_S)
         except grpc.aio.AioRpcError:
-            self._queue = None  # shown as what it is: unknown
+            self._queue, self._is_queue_silent = None, True
         else:
-            self._queue = answer.stats
+            self._queue, self._is_queue_silent = answer.stats, False
 
 
 def _latencies(samples: Sequence[processor_pb2.LatencySamples]) -> frontend_pb2.TopologyLatencies:

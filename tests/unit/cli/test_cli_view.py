@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from kvmesh.cli.explanation import explanation_view
-from kvmesh.cli.status import state_name
+from kvmesh.cli.status import state_name, topology_json
 from kvmesh.cli.view import Doors, TokenRate, curl_line, mesh_view, topology_view
 from kvmesh.v1 import frontend_pb2, router_pb2
 
@@ -112,6 +112,37 @@ def test_kv_that_moved_is_told_in_the_unit_that_fits(moved: int, told: str) -> N
     assert told in screen
 
 
+def silent_mesh() -> frontend_pb2.Topology:
+    worker = decode_worker(1, state=frontend_pb2.WORKER_STATE_UNSPECIFIED, total_blocks=256, load_unknown=True)
+    return frontend_pb2.Topology(workers=[worker], router_silent=True, queue_silent=True)
+
+
+def test_what_a_silent_router_and_a_silent_queue_would_tell_is_shown_as_unknown() -> None:
+    lines = [line.split() for line in rendered(topology_view(silent_mesh())).splitlines()]
+
+    assert lines[1] == ["NODE1/decode/0", "decode", "unknown", "-", "-", "-/256", "-"]
+    assert lines[2] == ["router", "not", "answering"]
+    assert lines[3] == ["queue", "not", "answering"]
+    assert lines[5] == ["cache", "-", "of", "prompt", "tokens", "hit,", "-", "predicted"]
+
+
+def test_a_mesh_without_a_queue_says_that_none_is_known() -> None:
+    assert "queue     none known" in rendered(topology_view(mesh_of(decode_worker(1))))
+
+
+def test_what_is_unknown_is_null_in_json() -> None:
+    shown = topology_json(silent_mesh())
+
+    (worker,) = shown["workers"]
+    assert (shown["policy"], shown["queue"], shown["counters"]["reservations"]) == (None, None, None)
+    assert (shown["router_silent"], shown["queue_silent"]) == (True, True)
+    assert (worker["state"], worker["total_blocks"]) == ("unknown", 256)
+    assert {key for key, value in worker.items() if value is None} == {
+        "active_requests", "active_blocks", "waiting_requests", "prefix_hit_rate", "active_prefill_tokens",
+        "indexed_blocks", "index_degraded", "reservations",
+    }  # fmt: skip
+
+
 def test_before_the_first_request_there_is_no_hit_rate() -> None:
     assert "- of prompt tokens hit, - predicted" in rendered(topology_view(mesh_of(decode_worker(1))))
 
@@ -167,6 +198,7 @@ def test_markup_in_an_id_is_shown_as_it_is() -> None:
         (frontend_pb2.WORKER_STATE_READY, "ready"),
         (frontend_pb2.WORKER_STATE_DRAINING, "draining"),
         (frontend_pb2.WORKER_STATE_SUSPECT, "suspect"),
+        (frontend_pb2.WORKER_STATE_UNSPECIFIED, "unknown"),
     ],
 )
 def test_states_are_in_lower_case(state: frontend_pb2.WorkerState.ValueType, name: str) -> None:

@@ -1,8 +1,12 @@
 """Folders of processes: removed by their owner, or by the next one where the owner was killed."""
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from kvmesh.runtime.run_folder import RunFolder
 
@@ -49,3 +53,25 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path) -> No
     assert not left.exists()
     assert list(tmp_path.iterdir()) == [folder.path]
     folder.remove()
+
+
+def test_what_could_not_be_removed_whole_is_tried_again_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = tmp_path / "kvmesh-run-left"
+    (left / "etcd").mkdir(parents=True)
+    (left / "owner.lock").touch()
+
+    with monkeypatch.context() as busy:
+        busy.setattr(os, "rmdir", _refuse)  # as while another process still writes there
+        RunFolder(tmp_path).remove()
+    remained = left.exists()
+    last = RunFolder(tmp_path)
+
+    assert remained
+    assert list(tmp_path.glob("kvmesh-run-left")) == []
+    last.remove()
+
+
+def _refuse(*args: object, **named: object) -> None:
+    raise OSError(errno.ENOTEMPTY, "Directory not empty")

@@ -1,5 +1,7 @@
 // Who came and who went. Those that left stay a while, so that an eye that was elsewhere finds them.
 
+import { stateOf } from "./plan.js";
+
 const GONE_S = 8;
 
 /** Follows the workers of each look; `tell` hears what changed. */
@@ -36,6 +38,6 @@ export class Attendance {
     if (!before) return this.left.has(worker.id) ? "is back" : "has joined";
     if (before.epoch !== worker.epoch) return "was started anew";
     if (before.state === worker.state) return "";
-    return `is ${worker.state.replace("WORKER_STATE_", "").toLowerCase()}`;
+    return `is ${stateOf(worker)}`;
   }
 }

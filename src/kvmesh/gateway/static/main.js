@@ -81,7 +81,7 @@ const charts = [
     ],
     format: per("tasks"),
     of: ["depth", "leased"],
-    empty: "No prefill queue is known.",
+    empty: "No prefill queue answers.",
   },
   {
     id: "kv",
@@ -127,7 +127,9 @@ function look(topology) {
   const workers = attendance.follow(now, topology.workers);
   for (const [worker, at] of lately) if (performance.now() - at > LATELY_MS) lately.delete(worker);
   const { counters, policy, queue = null } = topology;
-  picture.draw({ workers, queue, counters, policy, rates: figures, lately });
+  const silent = { router: topology.router_silent, queue: topology.queue_silent };
+  if (silent.router) counters.reservations = null;
+  picture.draw({ workers, queue, counters, policy, silent, rates: figures, lately });
   drawFlows(byId("flows"), figures);
   table.draw(workers);
   drawTiles(counters, figures);

@@ -19,7 +19,7 @@ export class Picture {
     new ResizeObserver(() => this.sight && this.draw(this.sight)).observe(holder);
   }
 
-  /** Show one look: `workers` (gone ones too), `queue`, `counters`, `policy`, `rates`, and who was chosen `lately`. */
+  /** Show a look: `workers` (gone ones too), `queue`, `counters`, `policy`, `silent`, `rates`, `lately` chosen ones. */
   draw(sight) {
     this.sight = sight;
     const width = Math.floor(this.holder.clientWidth);

@@ -43,19 +43,15 @@ function gatewayNode({ counters, rates }) {
   };
 }
 
-function routerNode({ policy, counters }) {
-  return {
-    id: "router",
-    kind: "role",
-    name: "router",
-    lines: [policy || UNKNOWN, `${count(counters.reservations, "bookings")}`],
-  };
+function routerNode({ policy, counters, silent }) {
+  const lines = silent.router ? ["not answering", ""] : [policy || UNKNOWN, count(counters.reservations, "bookings")];
+  return { id: "router", kind: "role", name: "router", lines };
 }
 
-function queueNode({ queue }) {
+function queueNode({ queue, silent }) {
   const lines = queue
     ? [`${count(queue.depth, "tasks")} waiting`, `${count(queue.leased, "tasks")} leased`]
-    : ["none known", ""];
+    : [silent.queue ? "not answering" : "none known", ""];
   return { id: "queue", kind: "role", name: "prefill queue", lines };
 }
 
@@ -76,11 +72,12 @@ function workerNodes({ workers }, role, most) {
   const left = all.slice(shown.length);
   if (left.length) {
     const running = left.reduce((sum, worker) => sum + worker.active_requests, 0);
+    const isTold = left.every((worker) => !worker.load_unknown);
     nodes.push({
       id: `more-${role}`,
       kind: "more",
       name: `and ${left.length} more`,
-      lines: [`${running} running`, "all in the table below"],
+      lines: [`${isTold ? running : UNKNOWN} running`, "all in the table below"],
       load: running,
     });
   }
@@ -92,8 +89,9 @@ function workerNode(worker) {
   const unit = worker.role === "prefill" ? "tasks" : "requests";
   const total = integer(worker.total_blocks);
   const waiting = worker.waiting_requests ? `, ${worker.waiting_requests} waiting` : "";
-  const running = count(worker.active_requests, unit) + waiting;
-  const blocks = total ? `${grouped(integer(worker.active_blocks))} of ${count(total, "blocks")}` : "no block pool";
+  const running = worker.load_unknown ? UNKNOWN : count(worker.active_requests, unit) + waiting;
+  const used = worker.load_unknown ? UNKNOWN : grouped(integer(worker.active_blocks));
+  const blocks = total ? `${used} of ${count(total, "blocks")}` : "no block pool";
   return {
     id: `worker ${worker.id}`,
     worker: worker.id,

@@ -77,16 +77,17 @@ function update(row, worker) {
   const [, stateCell, running, waiting, blocks, indexed, prefill, hits] = row.children;
   setAttribute(row, "class", state);
   setText(stateCell.firstChild, state);
-  setText(running.firstChild, count(worker.active_requests, unit));
-  setText(waiting.firstChild, count(worker.waiting_requests, unit));
+  const told = (value) => (worker.load_unknown ? null : value);
+  setText(running.firstChild, count(told(worker.active_requests), unit));
+  setText(waiting.firstChild, count(told(worker.waiting_requests), unit));
   const total = integer(worker.total_blocks);
   const used = integer(worker.active_blocks);
-  setText(blocks.firstChild, total ? `${grouped(used)} of ${count(total, "blocks")}` : UNKNOWN);
+  setText(blocks.firstChild, total ? `${told(grouped(used)) ?? UNKNOWN} of ${count(total, "blocks")}` : UNKNOWN);
   const meter = blocks.lastChild;
-  meter.hidden = !total;
+  meter.hidden = !total || worker.load_unknown;
   if (total) meter.value = used / total;
   const degraded = worker.index_degraded ? ", not trusted" : "";
-  setText(indexed.firstChild, `${count(integer(worker.indexed_blocks), "blocks")}${degraded}`);
-  setText(prefill.firstChild, count(integer(worker.active_prefill_tokens), "tokens"));
-  setText(hits.firstChild, share(worker.prefix_hit_rate));
+  setText(indexed.firstChild, `${count(told(integer(worker.indexed_blocks)), "blocks")}${degraded}`);
+  setText(prefill.firstChild, count(told(integer(worker.active_prefill_tokens)), "tokens"));
+  setText(hits.firstChild, share(told(worker.prefix_hit_rate)));
 }
