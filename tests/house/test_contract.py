@@ -33,7 +33,7 @@ FILES: list[FileDescriptor] = [
     )
 ]  # fmt: skip
 # Where a status is what the message is about, and not how its own call ended.
-STATUS_FIELDS = {"kvmesh.v1.ExchangeFailed.status", "kvmesh.v1.FailRequest.error", "kvmesh.v1.RouterAnswer.failed"}
+STATUS_FIELDS = {"kvmesh.v1.ExchangeFailed.status", "kvmesh.v1.FailRequest.error"}
 
 
 def messages(file: FileDescriptor) -> list[Descriptor]:

@@ -10,6 +10,7 @@ import grpc
 import httpx
 import pytest
 from google.api import annotations_pb2
+from google.protobuf.descriptor import FileDescriptor
 from google.protobuf.descriptor_pb2 import FileDescriptorProto, FileDescriptorSet
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from pydantic import BaseModel
@@ -132,14 +133,16 @@ def contract_with_path(path: str) -> str:
 
 
 def contract_of_the_frontend() -> str:
-    file = FileDescriptorProto()
-    frontend_pb2.DESCRIPTOR.CopyToProto(file)
-    others = []
-    for dependency in frontend_pb2.DESCRIPTOR.dependencies:
-        if dependency.package == "kvmesh.v1":
-            others.append(FileDescriptorProto())
-            dependency.CopyToProto(others[-1])
-    return encoded(*others, file)
+    files: dict[str, FileDescriptorProto] = {}
+
+    def add(file: FileDescriptor) -> None:
+        for dependency in file.dependencies:
+            add(dependency)
+        proto = files.setdefault(file.name, FileDescriptorProto())
+        file.CopyToProto(proto)
+
+    add(frontend_pb2.DESCRIPTOR)
+    return encoded(*files.values())
 
 
 async def all_seen(mesh: ServedComponents) -> None:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
+from google.rpc import status_pb2
 from prometheus_client import REGISTRY
 
 from kvmesh.core.admission import AdmissionRules
 from kvmesh.core.eligibility import OverloadRules
-from kvmesh.core.errors import FixRequestError, NotKnownError, Reason, TryElsewhereError
+from kvmesh.core.errors import FixRequestError, MeshError, NotKnownError, Reason, TryElsewhereError
 from kvmesh.core.ids import RouterId
 from kvmesh.core.policies.policy import build_policy
 from kvmesh.core.routing import RoutingRules
@@ -95,6 +96,10 @@ def waits_ended(wait: str) -> float:
     return REGISTRY.get_sample_value("kvmesh_wait_ended_total", {"wait": wait}) or 0.0
 
 
+def refusal(answer: router_pb2.RouterAnswer) -> MeshError:
+    return from_status(status_pb2.Status.FromString(answer.failed.SerializeToString()))
+
+
 def reserve(request_id: str) -> router_pb2.ReserveRequest:
     return router_pb2.ReserveRequest(request_id=request_id, attempt=1, query=QUERY)
 
@@ -170,7 +175,7 @@ async def test_a_question_that_is_refused_fails_alone() -> None:
             ],
         )
 
-    errors = {answer.question_id: from_status(answer.failed) for answer in answers if answer.HasField("failed")}
+    errors = {answer.question_id: refusal(answer) for answer in answers if answer.HasField("failed")}
     assert {one: (error.reason, error.field) for one, error in errors.items()} == {
         1: (Reason.UNKNOWN_MODEL, "query.model"),
         2: (Reason.NOT_FOUND, None),
@@ -216,7 +221,7 @@ async def test_a_withdrawn_reserve_is_given_up() -> None:
         answered: Any = await call.read()
         await mesh.settled(active=1, waiting=0)
 
-    assert [from_status(answer.failed).reason for answer in answered.answers] == [Reason.CANCELLED]
+    assert [refusal(answer).reason for answer in answered.answers] == [Reason.CANCELLED]
 
 
 async def test_a_reserve_that_waits_is_withdrawn_by_the_message_that_asks() -> None:
@@ -225,7 +230,7 @@ async def test_a_reserve_that_waits_is_withdrawn_by_the_message_that_asks() -> N
         answers = await all_answers(mesh, [Question(question_id=7, reserve=reserve("waits"))], withdrawn=[7])
         await mesh.settled(active=1, waiting=0)
 
-    assert [from_status(answer.failed).reason for answer in answers] == [Reason.CANCELLED]
+    assert [refusal(answer).reason for answer in answers] == [Reason.CANCELLED]
 
 
 async def test_questions_are_taken_in_their_order_where_none_waits() -> None:
@@ -244,7 +249,7 @@ async def test_a_reserve_waits_for_room_no_longer_than_its_timeout() -> None:
         await mesh.stub.Reserve(reserve("holds the room"), timeout=WAIT_S)
         answers = await all_answers(mesh, [Question(question_id=1, reserve=reserve("waits"), timeout=duration(0.3))])
 
-    assert [from_status(answer.failed).reason for answer in answers] == [Reason.OVERLOADED]
+    assert [refusal(answer).reason for answer in answers] == [Reason.OVERLOADED]
 
 
 async def test_a_reserve_waits_for_a_worker_no_longer_than_its_timeout() -> None:
@@ -255,7 +260,7 @@ async def test_a_reserve_waits_for_a_worker_no_longer_than_its_timeout() -> None
                 await mesh.local.changed()
         answers = await all_answers(mesh, [Question(question_id=1, reserve=reserve("waits"), timeout=duration(0.3))])
 
-    assert [from_status(answer.failed).reason for answer in answers] == [Reason.DEADLINE]
+    assert [refusal(answer).reason for answer in answers] == [Reason.DEADLINE]
 
 
 async def test_an_id_that_waits_already_ends_the_exchange_and_what_waits_on_it() -> None:

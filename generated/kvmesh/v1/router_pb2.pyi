@@ -4,12 +4,12 @@ isort:skip_file
 Chooses workers, books what they were given, and says why. It advises: no token passes through it."""
 
 from collections import abc as _abc
+from google.protobuf import any_pb2 as _any_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
-from google.rpc import status_pb2 as _status_pb2
 from kvmesh.v1 import generation_pb2 as _generation_pb2
 import builtins as _builtins
 import sys
@@ -634,8 +634,8 @@ class RouterAnswer(_message.Message):
         """To `release`."""
 
     @_builtins.property
-    def failed(self) -> _status_pb2.Status:
-        """It was refused: the code, the text and the details of the status its call would have."""
+    def failed(self) -> Global___RouterRefusal:
+        """It was refused."""
 
     def __init__(
         self,
@@ -645,7 +645,7 @@ class RouterAnswer(_message.Message):
         reserve: Global___ReserveResponse | None = ...,
         report_progress: Global___ReportProgressResponse | None = ...,
         release: Global___RouterReleaseResponse | None = ...,
-        failed: _status_pb2.Status | None = ...,
+        failed: Global___RouterRefusal | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "failed", b"failed", "release", b"release", "report_progress", b"report_progress", "reserve", b"reserve", "select", b"select"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -656,6 +656,38 @@ class RouterAnswer(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_answer) -> _WhichOneofReturnType_answer | None: ...
 
 Global___RouterAnswer: _TypeAlias = RouterAnswer  # noqa: Y015
+
+@_typing.final
+class RouterRefusal(_message.Message):
+    """The status that a question's call would have: a google.rpc.Status field by field, so that its bytes are one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CODE_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    DETAILS_FIELD_NUMBER: _builtins.int
+    code: _builtins.int
+    """A google.rpc.Code."""
+    message: _builtins.str
+    """What is wrong, for people."""
+    @_builtins.property
+    def details(self) -> _containers.RepeatedCompositeFieldContainer[_any_pb2.Any]:
+        """An ErrorInfo whose reason docs/errors.md lists, and a RetryInfo or a BadRequest where they apply."""
+
+    def __init__(
+        self,
+        *,
+        code: _builtins.int = ...,
+        message: _builtins.str = ...,
+        details: _abc.Iterable[_any_pb2.Any] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "details", b"details", "message", b"message"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RouterRefusal: _TypeAlias = RouterRefusal  # noqa: Y015
 
 @_typing.final
 class ExplainRequest(_message.Message):

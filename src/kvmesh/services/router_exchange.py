@@ -184,7 +184,7 @@ async def _wait(
 
 def _refuse(answer: router_pb2.RouterAnswer, error: MeshError) -> None:
     if answer.question_id:
-        answer.failed.CopyFrom(to_status(error))
+        answer.failed.MergeFromString(to_status(error).SerializeToString())
 
 
 async def _until(closing: asyncio.Event) -> None:

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from google.rpc import status_pb2
+
 from kvmesh.core.errors import Reason, TryElsewhereError
 from kvmesh.services.duplex_call import DuplexCall
 from kvmesh.v1 import router_pb2
@@ -113,7 +115,8 @@ class RouterExchangeClient:
                 key = router_pb2.ReservationKey(request_id=booked.request_id, attempt=booked.attempt)
                 self.tell(router_pb2.RouterQuestion(release=router_pb2.RouterReleaseRequest(key=key)))
         elif answer.HasField("failed"):
-            asked.answer.set_exception(from_status(answer.failed))
+            refusal = status_pb2.Status.FromString(answer.failed.SerializeToString())
+            asked.answer.set_exception(from_status(refusal))
         else:
             asked.answer.set_result(answer)
 
