@@ -136,10 +136,11 @@ def contract_of_the_frontend() -> str:
     files: dict[str, FileDescriptorProto] = {}
 
     def add(file: FileDescriptor) -> None:
-        for dependency in file.dependencies:
-            add(dependency)
-        proto = files.setdefault(file.name, FileDescriptorProto())
-        file.CopyToProto(proto)
+        if file.name not in files:
+            for dependency in file.dependencies:
+                add(dependency)
+            files[file.name] = FileDescriptorProto()
+            file.CopyToProto(files[file.name])
 
     add(frontend_pb2.DESCRIPTOR)
     return encoded(*files.values())
