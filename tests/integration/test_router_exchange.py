@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -66,7 +66,9 @@ class Served:
 
 
 @asynccontextmanager
-async def served(*, waits: Waits | None = None, **router: Any) -> AsyncIterator[Served]:
+async def served(
+    *, waits: Waits | None = None, options: Sequence[tuple[str, int]] = (), **router: Any
+) -> AsyncIterator[Served]:
     discovery = MemoryDiscovery()
     async with AsyncExitStack() as stack:
         worker = await ScriptedWorker.start(discovery, 0)
@@ -79,7 +81,7 @@ async def served(*, waits: Waits | None = None, **router: Any) -> AsyncIterator[
         stack.push_async_callback(local.aclose)
         service = Router(local, waits=waits or Waits(route_s=0.05))
         calls = CallInterceptor()
-        server = grpc.aio.server(interceptors=[calls])
+        server = grpc.aio.server(interceptors=[calls], options=options)
         router_pb2_grpc.add_RouterServicer_to_server(service, server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
@@ -386,6 +388,17 @@ async def test_the_client_gives_each_question_its_answer() -> None:
         await client.aclose()
 
     assert len({answer.reserve.reservation_id for answer in answers}) == 200
+
+
+async def test_the_client_splits_what_would_be_more_than_a_server_takes() -> None:
+    long = router_pb2.SelectRequest(query=QUERY)
+    long.query.prompt_text = "x" * (3 << 20)
+    async with served(options=[("grpc.max_receive_message_length", 8 << 20)]) as mesh:
+        client = mesh.client()
+        answers = await asyncio.gather(*(client.ask(Question(select=long)) for _ in range(6)))
+        await client.aclose()
+
+    assert [answer.WhichOneof("answer") for answer in answers] == ["select"] * 6
 
 
 async def test_an_answer_nobody_waits_for_is_withdrawn() -> None:

@@ -20,7 +20,9 @@ from kvmesh.v1 import router_pb2
 from kvmesh.wire.error_catalog import from_status
 
 _MAX_QUESTIONS = 64
-"""In one message: a question about a prompt of 128k tokens takes up to 80 KiB."""
+"""In one message."""
+_ENOUGH_BYTES = 4 << 20
+"""Of questions in one message, before the last: a long prompt takes a megabyte with its text, servers take 64 MiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +93,14 @@ class RouterExchangeClient:
     def _to_send(self) -> list[router_pb2.RouterExchangeRequest]:
         withdrawn, self._withdrawn = self._withdrawn, []
         questions: list[router_pb2.RouterQuestion] = []
-        while self._questions and len(questions) < _MAX_QUESTIONS:
+        size = 0
+        while self._questions and len(questions) < _MAX_QUESTIONS and size < _ENOUGH_BYTES:
             question = self._questions.popleft()
             if question.question_id:
                 self._last_sent = question.question_id
             if not question.question_id or question.question_id in self._asked:
                 questions.append(question)
+                size += question.ByteSize()
         if not questions and not withdrawn:
             return []
         return [router_pb2.RouterExchangeRequest(questions=questions, withdrawn=withdrawn)]
