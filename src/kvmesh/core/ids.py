@@ -1,7 +1,7 @@
 """The identifiers of the mesh, as distinct types, so that one is never passed for another."""
 
 from dataclasses import dataclass
-from typing import NewType
+from typing import NamedTuple, NewType
 
 RequestId = NewType("RequestId", str)
 """UUIDv7 minted by the frontend; the only key of a request."""
@@ -25,9 +25,11 @@ SequenceHash = NewType("SequenceHash", int)
 """u64 hash of a full block and all blocks before it."""
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class AttemptKey:
-    """What reservations and tasks are keyed by: one attempt at one request."""
+class AttemptKey(NamedTuple):
+    """What reservations and tasks are keyed by: one attempt at one request.
+
+    A tuple and no dataclass: every output token looks its request up by it, and a tuple is hashed without a call.
+    """
 
     request_id: RequestId
     attempt: int

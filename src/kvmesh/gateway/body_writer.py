@@ -6,26 +6,33 @@ and ends it by `send`. Under another server there is none, and everything goes b
 """
 
 import asyncio
-from collections.abc import Callable
+from typing import Protocol
 
 BODY_WRITER_KEY = "kvmesh.body_writer"
 """Key in a request's scope."""
 
 
+class Flow(Protocol):
+    """How a server keeps track of one connection's buffer."""
+
+    write_paused: bool
+    """What was written waits for the client to read."""
+
+
 class BodyWriter:
     """The connection of one request."""
 
-    __slots__ = ("_is_behind", "_transport")
+    __slots__ = ("_flow", "_transport")
 
-    def __init__(self, transport: asyncio.Transport, *, is_behind: Callable[[], bool]) -> None:
-        """`is_behind` tells whether what was written waits for the client to read."""
+    def __init__(self, transport: asyncio.Transport, flow: Flow) -> None:
+        """Write to the connection of which `flow` tells whether its client keeps up."""
         self._transport = transport
-        self._is_behind = is_behind
+        self._flow = flow
 
     @property
     def is_writable(self) -> bool:
         """Tell whether the client is there and takes what it is sent."""
-        return not self._is_behind() and not self._transport.is_closing()
+        return not self._flow.write_paused and not self._transport.is_closing()
 
     def write(self, data: bytes) -> None:
         """Send some bytes, not empty, as one chunk of the body (RFC 9112, 7.1)."""

@@ -14,11 +14,12 @@ _MAX_BYTES = 16 * 1024
 class CorkedTransport:
     """A transport whose writes wait for the end of the loop's turn; everything else is the transport's own."""
 
-    __slots__ = ("_bytes", "_call_soon", "_parts", "_transport")
+    __slots__ = ("_bytes", "_call_soon", "_parts", "_transport", "is_closing")
 
     def __init__(self, transport: asyncio.Transport, *, loop: asyncio.AbstractEventLoop) -> None:
         """Write to `transport`, whose connection `loop` serves."""
         self._transport = transport
+        self.is_closing = transport.is_closing
         self._call_soon = loop.call_soon
         self._parts: list[bytes] = []
         self._bytes = 0

@@ -216,9 +216,11 @@ class _TokenWriter:
 
     @property
     def is_writable(self) -> bool:
-        return self.streamed.is_writable
+        at_once = self.streamed.at_once
+        return at_once is not None and at_once.is_writable
 
     def write(self, delta: Delta) -> None:
         assert self.reply is not None
+        assert self.streamed.at_once is not None
         if data := self.reply.tokens(delta.pieces):
-            self.streamed.write_now(data)
+            self.streamed.at_once.write(data)

@@ -134,20 +134,12 @@ class StreamedReply:
         self._content_type = content_type
         self._now = asyncio.get_running_loop().time
         self._body_writer = body_writer
+        self.at_once: BodyWriter | None = None
+        """Where more of the body may be written without waiting; None until the first `write` is through."""
         self._headers = headers
         self.last = last
         self.is_started = False
         self.writes = Writes()
-
-    @property
-    def is_writable(self) -> bool:
-        """Tell whether `write_now` may be called: never before the first write."""
-        return self.is_started and self._body_writer is not None and self._body_writer.is_writable
-
-    def write_now(self, data: bytes) -> None:
-        """Send some bytes, not empty, in one write that waits for nothing."""
-        assert self._body_writer is not None
-        self._body_writer.write(data)
 
     async def write(self, data: bytes, *, more: bool = True) -> None:
         """Send some bytes in one write; waits while the client does not read."""
@@ -157,6 +149,7 @@ class StreamedReply:
             await self._start()
         await self._send({"type": "http.response.body", "body": data, "more_body": more})
         self.writes.since = None
+        self.at_once = self._body_writer if more else None
 
     async def end(self, data: bytes = b"") -> None:
         """Send the last bytes."""

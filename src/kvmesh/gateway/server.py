@@ -75,7 +75,7 @@ class _Protocol(HttpToolsProtocol):
         if self._head_timer is None:
             self._head_timer = self.loop.call_later(self.head_wait_s, self._give_up)
         scope: MutableMapping[str, Any] = self.scope  # type: ignore[assignment]  # ASGI lets servers add keys
-        scope[BODY_WRITER_KEY] = BodyWriter(self.transport, is_behind=lambda: self.flow.write_paused)
+        scope[BODY_WRITER_KEY] = BodyWriter(self.transport, self.flow)
 
     def on_headers_complete(self) -> None:
         """Begin its body."""

@@ -7,6 +7,7 @@ Everything it holds (engine slot, blocks, pin, remote task, deadline timer) is g
 """
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Callable
 
 from kvmesh import telemetry
@@ -104,24 +105,26 @@ class DecodeRequests:
 
     def shares(self) -> list[worker_events_pb2.RouterShare]:
         """Return the load by the router that sent it; "" = unrouted."""
-        by_router: dict[str, worker_events_pb2.RouterShare] = {}
-        block_size = self._driver.info.block_size
+        by_router: defaultdict[str, list[OwnedRequest]] = defaultdict(list)
         for running in self._running.values():
-            router_id = running.request.router_id
-            share = by_router.get(router_id)
-            if share is None:
-                share = by_router[router_id] = worker_events_pb2.RouterShare(router_id=router_id)
-            share.active_requests += 1
-            share.prefill_tokens += running.prefill_tokens
-            share.decode_blocks += -(-(running.prompt_tokens + running.generated) // block_size)
-        return list(by_router.values())
+            by_router[running.router_id].append(running)
+        size = self._driver.info.block_size
+        return [
+            worker_events_pb2.RouterShare(
+                router_id=router_id,
+                active_requests=len(sent),
+                prefill_tokens=sum([one.prefill_tokens for one in sent]),
+                decode_blocks=sum([-(-(one.prompt_tokens + one.generated) // size) for one in sent]),
+            )
+            for router_id, sent in by_router.items()
+        ]
 
     def reservation_ids(self, router_id: str) -> list[int]:
         """Return the live reservations of one router."""
         return [
-            running.request.reservation_id
+            running.reservation_id
             for running in self._running.values()
-            if running.request.router_id == router_id and running.request.reservation_id
+            if running.router_id == router_id and running.reservation_id
         ]
 
     async def drain(self, timeout_s: float) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from kvmesh import telemetry
 from kvmesh.core.errors import ConflictError, MeshError, Reason, TryElsewhereError
 from kvmesh.core.ids import AttemptKey
 from kvmesh.engines.engine import Engine, EngineLoad, EngineRequest, KvEvent, Output
+from kvmesh.services.signal import Flag
 
 log = telemetry.logger(__name__)
 
@@ -99,7 +100,8 @@ class EngineDriver:
         """The commands of the turn under way."""
         self._gone_because: str | None = None
         """Why the engine takes nothing any more."""
-        self._wake = asyncio.Event()
+        self._wake = Flag()
+        """Raised for the task below alone: there are commands, a step's time is over, or the engine closes."""
         self._task: asyncio.Task[None] | None = None
         self._step_ended_at = 0.0
         self._closed = False
@@ -111,7 +113,7 @@ class EngineDriver:
     async def aclose(self) -> None:
         """Stop after the step under way, fail what still runs, free the engine. Idempotent."""
         self._lose_all("the engine was closed")
-        self._wake.set()
+        self._wake.fire()
         task, self._task = self._task, None
         if task is not None:
             await asyncio.wait([task], timeout=_CLOSE_S)
@@ -174,7 +176,7 @@ class EngineDriver:
     def _post(self, command: _Command) -> None:
         if self._gone_because is None:  # after the engine there is nothing to give back to
             self._commands.append(command)
-            self._wake.set()
+            self._wake.fire()
 
     async def _run(self) -> None:
         try:
@@ -188,8 +190,7 @@ class EngineDriver:
             self._on_crash()
 
     async def _run_turn(self) -> None:
-        if not self._has_work and not self._commands:
-            self._wake.clear()
+        while not self._has_work and not self._commands and self._gone_because is None:
             await self._wake.wait()
         started_at = asyncio.get_running_loop().time()
         self._dropped.clear()
@@ -241,7 +242,7 @@ class EngineDriver:
             turn.kv_events += step.kv_events
             turn.duration_s = step.duration_s
             turn.has_work = self._engine.has_work()
-            turn.has_first_token = any(output.prefill_done for output in step.outputs)
+            turn.has_first_token = True in [output.prefill_done for output in step.outputs]
             is_urgent = turn.has_first_token or self._commands  # who waits for those waits for no further step
             if is_urgent or step.duration_s or not turn.has_work or time.monotonic() >= until:
                 return
@@ -251,19 +252,22 @@ class EngineDriver:
         if started_at - self._step_ended_at < _TIMER_SLACK_S:
             started_at = self._step_ended_at
         self._step_ended_at = started_at + duration_s
-        loop = asyncio.get_running_loop()
-        while self._gone_because is None and self.crash is None:
-            remaining = self._step_ended_at - loop.time()
-            if remaining <= 0:
-                return
-            if not self._commands:
-                self._wake.clear()
-                try:
-                    async with asyncio.timeout(remaining):
-                        await self._wake.wait()
-                except TimeoutError:
-                    return
-            await self._take_turn(step=False)
+        is_over = False
+
+        def end() -> None:
+            nonlocal is_over
+            is_over = True
+            self._wake.fire()
+
+        timer = asyncio.get_running_loop().call_at(self._step_ended_at, end)
+        try:
+            while not is_over and self._gone_because is None and self.crash is None:
+                if self._commands:
+                    await self._take_turn(step=False)
+                else:
+                    await self._wake.wait()
+        finally:
+            timer.cancel()
 
     def _reply(self, command: _Command, value: Any, error: Exception | None) -> None:
         if command.future is not None:

@@ -32,11 +32,12 @@ _MERGE_FROM_REQUESTS = 8
 class _StreamSink:
     """Puts the events of one request into the exchange's pending frame."""
 
-    __slots__ = ("exchange", "is_streaming", "key", "stream_id")
+    __slots__ = ("exchange", "is_streaming", "key", "output", "stream_id")
 
     def __init__(self, exchange: "Exchange", stream_id: int) -> None:
         self.exchange = exchange
         self.stream_id = stream_id
+        self.output = exchange.output.of(stream_id)
         self.key: AttemptKey | None = None
         self.is_streaming = False
         """Its first output has been sent, or is due."""
@@ -58,15 +59,17 @@ class _StreamSink:
         self.is_streaming = False  # they travel with their tokens
 
     def produced(self, token_ids: tuple[int, ...], words: tuple[str, ...]) -> None:
-        self.exchange.produced(self, token_ids, words)
+        self.output.put(token_ids, words)
+        if not self.is_streaming or self.exchange.merging is None:
+            self.exchange.produced(self)
 
     def finished(self, finished: generation_pb2.Finished) -> None:
         self.exchange.frame.finished.add(stream_id=self.stream_id, finished=finished)
-        self.exchange.ended(self.stream_id)
+        self.exchange.ended(self)
 
     def failed(self, error: MeshError, *, rejected: bool) -> None:
         self.exchange.frame.failed.add(stream_id=self.stream_id, status=to_status(error), rejected=rejected)
-        self.exchange.ended(self.stream_id)
+        self.exchange.ended(self)
 
 
 class Exchange:
@@ -79,25 +82,23 @@ class Exchange:
         self._requests = requests
         self._write_timeout_s = write_timeout_s
         self._merge_within_s = merge_within_s
-        self._output = PendingOutput()
+        self.output = PendingOutput()
+        self.merging: asyncio.TimerHandle | None = None
+        """When output that waits for more goes; None while none does."""
         self._sinks: dict[int, _StreamSink] = {}
         self._superseded = asyncio.Event()
         self._soon: asyncio.TimerHandle | None = None
         """When the pending frame goes, whatever it has by then."""
-        self._merged: asyncio.TimerHandle | None = None
-        """When output that waits for more goes."""
         self._is_last = False
         """The next frame is the last one."""
 
-    def produced(self, sink: _StreamSink, token_ids: tuple[int, ...], words: tuple[str, ...]) -> None:
-        """Add output to the pending frame."""
-        self._output.put(sink.stream_id, token_ids, words)
+    def produced(self, sink: _StreamSink) -> None:
+        """Send the output of a stream now, or begin to let output wait."""
         if sink.is_streaming and self._merge_within_s > 0 and len(self._sinks) >= _MERGE_FROM_REQUESTS:
-            if self._merged is None:
-                self._merged = asyncio.get_running_loop().call_later(self._merge_within_s, self._send_merged)
+            self.merging = asyncio.get_running_loop().call_later(self._merge_within_s, self._send_merged)
         else:
             sink.is_streaming = True
-            self._output.mark_due(sink.stream_id)
+            self.output.mark_due(sink.output)
             self.ready.set()
 
     def send_soon(self) -> None:
@@ -105,10 +106,10 @@ class Exchange:
         if self._soon is None:
             self._soon = asyncio.get_running_loop().call_later(_BEGUN_WITHIN_S, self.ready.set)
 
-    def ended(self, stream_id: int) -> None:
+    def ended(self, sink: _StreamSink) -> None:
         """Note that a request needs no cancelling any more."""
-        self._sinks.pop(stream_id, None)
-        self._output.mark_due(stream_id)
+        self._sinks.pop(sink.stream_id, None)
+        self.output.mark_due(sink.output)
         self.ready.set()
 
     def supersede(self) -> None:
@@ -139,7 +140,7 @@ class Exchange:
         finally:
             telemetry.EXCHANGES_OPEN.dec()
             self._cancel_all()
-            for timer in (self._soon, self._merged):
+            for timer in (self._soon, self.merging):
                 if timer is not None:
                     timer.cancel()
             for part in parts:
@@ -199,7 +200,7 @@ class Exchange:
         telemetry.EXCHANGE_FRAMES.inc()
 
     def _send_merged(self) -> None:
-        self._merged = None
+        self.merging = None
         self.ready.set()
 
     def _take_frame(self) -> decode_worker_pb2.ExchangeResponse:
@@ -207,5 +208,5 @@ class Exchange:
             self._soon.cancel()
             self._soon = None
         frame, self.frame = self.frame, decode_worker_pb2.ExchangeResponse()
-        self._output.move_to(frame, only_due=self._merged is not None and not self._is_last)
+        self.output.move_to(frame, only_due=self.merging is not None and not self._is_last)
         return frame

@@ -77,19 +77,15 @@ class WorkerStream:
         """Tell whether nothing more will arrive."""
         return self.finished is not None or self.error is not None
 
-    def take_token_ids(self) -> list[int]:
-        """Return the tokens that arrived since the last call."""
-        taken, self.token_ids = self.token_ids, []
+    def take_output(self) -> tuple[list[int], list[str]]:
+        """Return the tokens and the words that arrived since the last call."""
+        taken = self.token_ids, self.words
+        self.token_ids, self.words = [], []
         return taken
 
     def take_logprobs(self) -> list[generation_pb2.TokenLogprobs]:
         """Return what came with the tokens that arrived since the last call."""
         taken, self.logprobs = self.logprobs, []
-        return taken
-
-    def take_words(self) -> list[str]:
-        """Return the words that arrived since the last call."""
-        taken, self.words = self.words, []
         return taken
 
     def cancel(self) -> None:
@@ -111,7 +107,7 @@ class WorkerStream:
             self.changed.fire()
         else:
             self.on_output()
-        if len(self.token_ids) + len(self.words) > MAX_BUFFERED_TOKENS:
+        if (self.token_ids or self.words) and len(self.token_ids) + len(self.words) > MAX_BUFFERED_TOKENS:
             self.fail(BackOffError(Reason.SLOW_CONSUMER, f"{MAX_BUFFERED_TOKENS} tokens wait for the client"))
 
     def expire(self, waits: Waits, now: float) -> None:

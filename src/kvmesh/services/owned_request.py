@@ -67,6 +67,8 @@ class OwnedRequest:
         "prepared",
         "prompt_tokens",
         "request",
+        "reservation_id",
+        "router_id",
         "sink",
         "task",
         "usage",
@@ -83,6 +85,9 @@ class OwnedRequest:
         """Report what comes to `sink`, and every end to `owner`."""
         self.owner = owner
         self.request = request
+        self.router_id = request.router_id
+        """Kept here too, like `reservation_id`: every report of the load asks every request for them."""
+        self.reservation_id = request.reservation_id
         self.engine_request = engine_request
         self.sink = sink
         self.prompt_tokens = prompt_tokens

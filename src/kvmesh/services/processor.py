@@ -239,15 +239,20 @@ class Processor:
 
     async def _record(self, booking: Booking) -> WorkerRecord:
         """Return the record of the booked worker; the router may have heard of it a moment before this process."""
+        if (record := self._booked(booking)) is not None:
+            return record
         try:
             async with asyncio.timeout(self._waits.connect_s):
                 while True:
-                    record = self._peers.roster.get(booking.worker_id)
-                    if record is not None and record.epoch == booking.epoch:
-                        return record
                     await self._peers.changed()
+                    if (record := self._booked(booking)) is not None:
+                        return record
         except TimeoutError as exc:
             raise TryElsewhereError(Reason.WORKER_LOST, f"{booking.worker_id} is not in discovery") from exc
+
+    def _booked(self, booking: Booking) -> WorkerRecord | None:
+        record = self._peers.roster.get(booking.worker_id)
+        return record if record is not None and record.epoch == booking.epoch else None
 
     async def _first_output(self, run: RunningRequest, stream: WorkerStream) -> None:
         """Wait until something can be handed on; tell the router how the booking goes until then."""
@@ -310,7 +315,7 @@ class Processor:
     def _take_output(self, run: RunningRequest, stream: WorkerStream) -> Delta | None:
         """Return what arrived as text and tokens, cut at a stop string; set `run.finished` at the end."""
         assert run.output is not None
-        token_ids, words = stream.take_token_ids(), stream.take_words()
+        token_ids, words = stream.take_output()
         filled_blocks = run.add_output(len(token_ids) + len(words))
         if filled_blocks:
             self._progress.of(run.key).output_blocks += filled_blocks

@@ -108,7 +108,20 @@ class FolderDetokenizer:
 
     def push(self, token_ids: Sequence[int]) -> list[str]:
         """See Detokenizer; special tokens have no text."""
-        return [self._push_one(token_id) for token_id in token_ids]
+        pieces: list[str] = []
+        for token_id in token_ids:
+            self._held.append(token_id)
+            try:
+                piece = self._stream.step(self._tokenizer, token_id)
+            except Exception:  # nothing narrower is raised; bytes that are no UTF-8 undid the text before them
+                pieces.append(self.flush())
+                continue
+            if piece is not None:
+                self._shown, self._held = self._held, []
+                pieces.append(piece)
+            else:
+                pieces.append(self.flush() if len(self._held) >= _MAX_HELD_TOKENS else "")
+        return pieces
 
     def flush(self) -> str:
         """See Detokenizer."""
@@ -118,17 +131,6 @@ class FolderDetokenizer:
         self._held = []
         self._stream = self._new_stream()
         return text
-
-    def _push_one(self, token_id: int) -> str:
-        self._held.append(token_id)
-        try:
-            piece = self._stream.step(self._tokenizer, token_id)
-        except Exception:  # nothing narrower is raised; bytes that are no UTF-8 undid the text before them
-            return self.flush()
-        if piece is not None:
-            self._shown, self._held = self._held, []
-            return piece
-        return self.flush() if len(self._held) >= _MAX_HELD_TOKENS else ""
 
     def _decode(self, token_ids: list[int]) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=True)
