@@ -19,7 +19,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from peers.load import LoadClient, Shape
@@ -33,6 +33,9 @@ FIGURES = ("req_s", "tokens_s", "ttft_ms_p50", "ttft_ms_p99", "cpu_ms_per_reques
 _SATURATED, _PACED = "saturated", "paced"
 _MODEL_NAME = "bench"
 _REST = "rest"
+_MATCHES = 4
+_MATCHED_WITHIN = 0.05
+"""Attempts at matching the request rates of the sides, and the difference that is good enough."""
 
 Figures = dict[str, float]
 
@@ -56,11 +59,17 @@ class Case:
             "output_tokens": shape.output_tokens,
             "workers": workers,
             "our_step_ms": None if self.pace.step_s is None else self.pace.step_s * 1e3,
+            "peer_speedup": None if self.pace.step_s is None else round(self.pace.peer_speedup, 3),
             "client_acknowledges_at_once": acknowledges_at_once,
         }
 
+    def with_peer_speedup(self, speedup: float) -> "Case":
+        """Return the same case with the peer's steps at another speed."""
+        return replace(self, pace=replace(self.pace, peer_speedup=speedup))
 
-# Our step times are those at which both sides serve as many requests per second: the peer's grow with its batches.
+
+# Our steps take this long whatever is in them; the peer's grow with its batches, and are scaled until both sides serve
+# as many requests per second.
 CASES = (
     Case(_SATURATED, 1, 200),
     Case(_SATURATED, 16, 1000),
@@ -92,6 +101,27 @@ class Bench:
             elif (peer := self._start_peer(stack, cases[0].pace)) is not None:
                 sides.append(peer)
             return [self._measure(case, sides) for case in cases]
+
+    def match_rates(self, case: Case) -> Case:
+        """Return the case with the peer's speed at which both sides serve as many requests per second."""
+        if case.pace.step_s is None or self._given.doors or not self._given.peer_python.exists():
+            return case
+        if self._given.peer_speedup is not None:
+            return case.with_peer_speedup(self._given.peer_speedup)
+        for _ in range(_MATCHES):
+            with ExitStack() as stack:
+                side = self._start_peer(stack, case.pace)
+                assert side is not None
+                ours, peer = (self._rate(case, one) for one in (self._start_ours(stack, case.pace), side))
+            _say(f"{case.load} {case.concurrency:4d} matching", {"ours req_s": ours, "peer req_s": peer})
+            if abs(peer / ours - 1) < _MATCHED_WITHIN:
+                return case
+            case = case.with_peer_speedup(case.pace.peer_speedup * ours / peer)
+        return case
+
+    def _rate(self, case: Case, side: Side) -> float:
+        self._drive(case, side, requests=case.concurrency)  # warm up
+        return self._drive(case, side, requests=case.requests // 2)["req_s"]
 
     def profile(self, case: Case, file: Path) -> None:
         """Run one case once with ours under cProfile, which writes `file` when the mesh stops."""
@@ -159,6 +189,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--ours", default=OURS, metavar="COMMAND", help="our side's command. default: %(default)s")
     parser.add_argument("--peer-python", type=Path, default=PEER_PYTHON, help="of the environment with ai-dynamo")
+    parser.add_argument(
+        "--peer-speedup", type=float, help="of its paced steps, 1 = its own. default: where both rates agree"
+    )
     parser.add_argument("--ordinary-client", action="store_true", help="leave acknowledgements to the kernel")
     parser.add_argument("--doors", action="store_true", help="compare our OpenAI API with our REST, and no peer")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="write a profile of ours here and measure nothing")
@@ -176,6 +209,7 @@ def main() -> None:
             return
         if not given.doors and not given.peer_python.exists():
             print(f"no peer: {given.peer_python} is not there; `make bench-peers-install` makes it", file=sys.stderr)
+        cases = [bench.match_rates(case) for case in cases]
         results = []
         for pace in dict.fromkeys(case.pace for case in cases):
             results += bench.measure_pace([case for case in cases if case.pace == pace])

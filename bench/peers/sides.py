@@ -37,6 +37,8 @@ class Pace:
 
     step_s: float | None = None
     """Of ours, whatever is in a step; None = as fast as the machine can. The peer's model has its own times."""
+    peer_speedup: float = 1.0
+    """By which the peer's times are divided, where ours are not None."""
 
     def our_options(self) -> list[str]:
         """Return the flags of our engine."""
@@ -178,12 +180,12 @@ def dynamo_side(python: Path, *, pace: Pace, model: Path, shape: Shape, workers:
         "HF_HUB_OFFLINE": "1",
     }
     Path(environment["DYN_FILE_KV"]).mkdir()
-    speedup = _PEER_UNPACED if pace.step_s is None else 1.0
+    speedup = _PEER_UNPACED if pace.step_s is None else pace.peer_speedup
     frontend = (
         f"-m dynamo.frontend --http-host 127.0.0.1 --http-port {side.port} --router-mode kv --discovery-backend file"
     )
     worker = (
-        f"-m dynamo.mocker --model-name {shape.model} --speedup-ratio {speedup} "
+        f"-m dynamo.mocker --model-name {shape.model} --speedup-ratio {speedup:g} "
         f"--block-size {_BLOCK_SIZE} --discovery-backend file --model-path"
     )
     try:
