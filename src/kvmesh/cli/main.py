@@ -107,11 +107,18 @@ def show_version() -> None:
     typer.echo(f"kvmesh {version('kvmesh')}")
 
 
+def set_up_grpc() -> None:
+    """Choose what gRPC's core reads once, when it starts; what the environment has already wins."""
+    # It tells of every connection's end on stderr, between our log lines.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    # Its handlers would start its threads again in every child between fork and exec, and one child in six dies of it.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit."""
     open_closed_streams()
-    # Read once, when gRPC is imported: its core tells of every connection's end on stderr, between our log lines.
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    set_up_grpc()
     try:
         code = app(
             spelled_out(sys.argv[1:] if arguments is None else arguments), prog_name="kvmesh", standalone_mode=False

@@ -277,8 +277,8 @@ class GatewayRole:
     def _unready_reason(self) -> str | None:
         if self._generator.draining:
             return "draining"
-        if self._part is None and not self._peers.processor_addresses():
-            return "no processor is known"
+        if isinstance(self._generator, RemoteProcessor) and not self._generator.reaches_any():
+            return "no processor is reached" if self._peers.processor_addresses() else "no processor is known"
         takers = [record for record in self._peers.roster.records(WorkerRole.DECODE) if not record.draining]
         if not takers:
             return "no decode worker takes requests"

@@ -23,9 +23,18 @@ log = telemetry.logger(__name__)
 _LOST = frozenset({Reason.WORKER_LOST, Reason.DRAINING})
 """What says that the processor and not the request is the trouble."""
 
+_REACHED = frozenset({grpc.ChannelConnectivity.READY, grpc.ChannelConnectivity.IDLE})
+"""Idle is a channel that nobody has used yet, or not for long."""
+
+_MAX_ATTEMPTS = 4
+"""At one request: a processor that is lost, found again and lost again must not be asked for ever."""
+
 
 class RemoteProcessor:
-    """A `Generator`: each request goes to the next processor, and to another if that is lost before the first event."""
+    """A `Generator`: each request goes to the next processor, and on if that is lost before the first event.
+
+    It goes to another one, or waits `waits.route_s` for one to come, or for the same to be there again.
+    """
 
     def __init__(self, *, peers: Peers, channels: Channels, waits: Waits) -> None:
         """Find processors by `peers`."""
@@ -56,6 +65,13 @@ class RemoteProcessor:
         """End what still runs."""
         for call in tuple(self._running):
             call.cancel()
+
+    def reaches_any(self) -> bool:
+        """Tell whether some processor is connected, as far as is known; begin to connect to those that are not."""
+        states = [
+            self._channels.get(address).get_state(try_to_connect=True) for address in self._peers.processor_addresses()
+        ]
+        return any(state in _REACHED for state in states)
 
     def models(self) -> frontend_pb2.ListModelsResponse:
         """List the models of the live decode workers, sorted by name."""
@@ -89,8 +105,8 @@ class RemoteProcessor:
     async def _responses(
         self, wanted: processor_pb2.ProcessorGenerateRequest, *, ends_at: float
     ) -> AsyncIterator[processor_pb2.ProcessorGenerateResponse]:
-        tried: list[str] = []
-        while True:
+        tried: dict[str, MeshError] = {}
+        for attempt in itertools.count(1):
             address = await self._next(tried, ends_at=ends_at)
             has_begun = False
             try:
@@ -99,15 +115,17 @@ class RemoteProcessor:
                     yield response
                 return
             except MeshError as error:
-                tried.append(address)
-                others = set(self._peers.processor_addresses()) - set(tried)
-                if has_begun or self.draining or error.reason not in _LOST or not others:
+                if has_begun or self.draining or error.reason not in _LOST or attempt >= _MAX_ATTEMPTS:
                     raise
+                tried[address] = error
                 log.warning("processor.lost", request_id=wanted.request_id, address=address, error=error.message)
                 telemetry.REQUEST_RETRIES.inc()
 
-    async def _next(self, tried: list[str], *, ends_at: float) -> str:
-        """Return the next processor, waiting for one to come. Raises: OutOfTimeError(NO_WORKERS, DEADLINE)."""
+    async def _next(self, tried: dict[str, MeshError], *, ends_at: float) -> str:
+        """Return the next processor, waiting for one to come, or to come back.
+
+        Raises: OutOfTimeError(DEADLINE), TryElsewhereError(NO_WORKERS), or what the last of those `tried` said.
+        """
         loop = asyncio.get_running_loop()
         route_until = loop.time() + self._waits.route_s
         try:
@@ -116,12 +134,31 @@ class RemoteProcessor:
                     known = [address for address in self._peers.processor_addresses() if address not in tried]
                     if known:
                         return known[next(self._turn) % len(known)]
-                    await self._peers.changed()
+                    if (address := await self._news(tried)) is not None:
+                        return address
         except TimeoutError as exc:
             if ends_at < route_until:
                 raise OutOfTimeError(Reason.DEADLINE, "no processor before the deadline") from exc
             telemetry.WAIT_ENDED.labels(wait="route_s").inc()
-            raise TryElsewhereError(Reason.NO_WORKERS, "no processor is known") from exc
+            raise (next(reversed(tried.values()), None) or _no_processor()) from exc
+
+    async def _news(self, tried: dict[str, MeshError]) -> str | None:
+        """Wait until discovery has news, or one of those that were lost is connected again; return the latter."""
+        lost = [address for address, error in tried.items() if error.reason is Reason.WORKER_LOST]
+        waits = [asyncio.ensure_future(self._connected(address)) for address in lost]
+        changed = asyncio.ensure_future(self._peers.changed())
+        try:
+            done, _ = await asyncio.wait((changed, *waits), return_when=asyncio.FIRST_COMPLETED)
+            return next((address for address, wait in zip(lost, waits, strict=True) if wait in done), None)
+        finally:
+            for wait in (changed, *waits):
+                wait.cancel()
+            await asyncio.gather(changed, *waits, return_exceptions=True)
+
+    async def _connected(self, address: str) -> None:
+        channel = self._channels.get(address)
+        while (state := channel.get_state(try_to_connect=True)) is not grpc.ChannelConnectivity.READY:
+            await channel.wait_for_state_change(state)
 
     async def _call(
         self, address: str, wanted: processor_pb2.ProcessorGenerateRequest, *, ends_at: float
@@ -146,6 +183,10 @@ class RemoteProcessor:
             self._running.discard(call)
             with suppress(grpc.RpcError):
                 call.cancel()
+
+
+def _no_processor() -> TryElsewhereError:
+    return TryElsewhereError(Reason.NO_WORKERS, "no processor is known")
 
 
 def _is_cancelling() -> bool:
