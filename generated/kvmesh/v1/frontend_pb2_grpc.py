@@ -68,7 +68,8 @@ class FrontendServicer(object):
 
     def Generate(self, request, context):
         """Generate a continuation, streamed. Not idempotent. EMPTY_PROMPT, INVALID_FIELD, UNKNOWN_MODEL, NO_WORKERS,
-        NO_MATCHING_WORKER, OVERLOADED, WORKER_LOST, SLOW_CONSUMER, DEADLINE, DRAINING.
+        NO_MATCHING_WORKER, OVERLOADED, PREFILL_FAILED (where a local prefill is not allowed), WORKER_LOST, SLOW_CONSUMER,
+        DEADLINE, DRAINING.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -35,7 +35,8 @@ class FrontendStub:
     def __new__(cls, channel: _aio.Channel) -> FrontendAsyncStub: ...
     Generate: _grpc.UnaryStreamMultiCallable[_frontend_pb2.GenerateRequest, _frontend_pb2.GenerateResponse]
     """Generate a continuation, streamed. Not idempotent. EMPTY_PROMPT, INVALID_FIELD, UNKNOWN_MODEL, NO_WORKERS,
-    NO_MATCHING_WORKER, OVERLOADED, WORKER_LOST, SLOW_CONSUMER, DEADLINE, DRAINING.
+    NO_MATCHING_WORKER, OVERLOADED, PREFILL_FAILED (where a local prefill is not allowed), WORKER_LOST, SLOW_CONSUMER,
+    DEADLINE, DRAINING.
     """
     GenerateText: _grpc.UnaryUnaryMultiCallable[_frontend_pb2.GenerateTextRequest, _frontend_pb2.GenerateTextResponse]
     """Generate a continuation, whole: the hello world. Errors as Generate."""
@@ -53,7 +54,8 @@ class FrontendAsyncStub(FrontendStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_frontend_pb2.GenerateRequest, _frontend_pb2.GenerateResponse]  # type: ignore[assignment]
     """Generate a continuation, streamed. Not idempotent. EMPTY_PROMPT, INVALID_FIELD, UNKNOWN_MODEL, NO_WORKERS,
-    NO_MATCHING_WORKER, OVERLOADED, WORKER_LOST, SLOW_CONSUMER, DEADLINE, DRAINING.
+    NO_MATCHING_WORKER, OVERLOADED, PREFILL_FAILED (where a local prefill is not allowed), WORKER_LOST, SLOW_CONSUMER,
+    DEADLINE, DRAINING.
     """
     GenerateText: _aio.UnaryUnaryMultiCallable[_frontend_pb2.GenerateTextRequest, _frontend_pb2.GenerateTextResponse]  # type: ignore[assignment]
     """Generate a continuation, whole: the hello world. Errors as Generate."""
@@ -74,7 +76,8 @@ class FrontendServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_frontend_pb2.GenerateResponse], _abc.AsyncIterator[_frontend_pb2.GenerateResponse]]:
         """Generate a continuation, streamed. Not idempotent. EMPTY_PROMPT, INVALID_FIELD, UNKNOWN_MODEL, NO_WORKERS,
-        NO_MATCHING_WORKER, OVERLOADED, WORKER_LOST, SLOW_CONSUMER, DEADLINE, DRAINING.
+        NO_MATCHING_WORKER, OVERLOADED, PREFILL_FAILED (where a local prefill is not allowed), WORKER_LOST, SLOW_CONSUMER,
+        DEADLINE, DRAINING.
         """
 
     @_abc_1.abstractmethod

@@ -62,7 +62,9 @@ class TokenIds(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Each id is below the model's vocabulary size, else INVALID_FIELD."""
+        """Each id is below the model's vocabulary size; whoever computes with them refuses others with INVALID_FIELD. The
+        router only hashes them.
+        """
 
     def __init__(
         self,

@@ -110,8 +110,9 @@ class RouterServicer(object):
 
     def Reserve(self, request, context):
         """Choose a worker and book it, atomically. Idempotent per (request_id, attempt): the same content gets the same
-        answer, other content, or a reservation that ended in the last 300 s, ALREADY_EXISTS. Errors as Select; where the router has an admission wait, OVERLOADED comes
-        after it, or at once when too many wait.
+        answer, other content, or a reservation that ended in the last 300 s, ALREADY_EXISTS. Of a prompt the content is
+        its length and its full blocks: the router knows no more of it. Errors as Select; where the router has an admission
+        wait, OVERLOADED comes after it, or at once when too many wait.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -37,8 +37,9 @@ class RouterStub:
     """Choose a worker without booking it. Idempotent. NO_WORKERS, UNKNOWN_MODEL, NO_MATCHING_WORKER, OVERLOADED."""
     Reserve: _grpc.UnaryUnaryMultiCallable[_router_pb2.ReserveRequest, _router_pb2.ReserveResponse]
     """Choose a worker and book it, atomically. Idempotent per (request_id, attempt): the same content gets the same
-    answer, other content, or a reservation that ended in the last 300 s, ALREADY_EXISTS. Errors as Select; where the router has an admission wait, OVERLOADED comes
-    after it, or at once when too many wait.
+    answer, other content, or a reservation that ended in the last 300 s, ALREADY_EXISTS. Of a prompt the content is
+    its length and its full blocks: the router knows no more of it. Errors as Select; where the router has an admission
+    wait, OVERLOADED comes after it, or at once when too many wait.
     """
     ReportProgress: _grpc.UnaryUnaryMultiCallable[_router_pb2.ReportProgressRequest, _router_pb2.ReportProgressResponse]
     """Say how reservations progress, in lists. Idempotent but for output_blocks, which add up; an unknown key is listed in the answer and changes nothing."""
@@ -78,8 +79,9 @@ class RouterAsyncStub(RouterStub):
     """Choose a worker without booking it. Idempotent. NO_WORKERS, UNKNOWN_MODEL, NO_MATCHING_WORKER, OVERLOADED."""
     Reserve: _aio.UnaryUnaryMultiCallable[_router_pb2.ReserveRequest, _router_pb2.ReserveResponse]  # type: ignore[assignment]
     """Choose a worker and book it, atomically. Idempotent per (request_id, attempt): the same content gets the same
-    answer, other content, or a reservation that ended in the last 300 s, ALREADY_EXISTS. Errors as Select; where the router has an admission wait, OVERLOADED comes
-    after it, or at once when too many wait.
+    answer, other content, or a reservation that ended in the last 300 s, ALREADY_EXISTS. Of a prompt the content is
+    its length and its full blocks: the router knows no more of it. Errors as Select; where the router has an admission
+    wait, OVERLOADED comes after it, or at once when too many wait.
     """
     ReportProgress: _aio.UnaryUnaryMultiCallable[_router_pb2.ReportProgressRequest, _router_pb2.ReportProgressResponse]  # type: ignore[assignment]
     """Say how reservations progress, in lists. Idempotent but for output_blocks, which add up; an unknown key is listed in the answer and changes nothing."""
@@ -128,8 +130,9 @@ class RouterServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_router_pb2.ReserveResponse, _abc.Awaitable[_router_pb2.ReserveResponse]]:
         """Choose a worker and book it, atomically. Idempotent per (request_id, attempt): the same content gets the same
-        answer, other content, or a reservation that ended in the last 300 s, ALREADY_EXISTS. Errors as Select; where the router has an admission wait, OVERLOADED comes
-        after it, or at once when too many wait.
+        answer, other content, or a reservation that ended in the last 300 s, ALREADY_EXISTS. Of a prompt the content is
+        its length and its full blocks: the router knows no more of it. Errors as Select; where the router has an admission
+        wait, OVERLOADED comes after it, or at once when too many wait.
         """
 
     @_abc_1.abstractmethod
