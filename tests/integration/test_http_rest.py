@@ -452,6 +452,39 @@ async def test_an_unknown_field_is_refused_with_its_path(door: Door) -> None:
     assert violations["field_violations"][0]["field"] == "sampling.temprature"
 
 
+@pytest.mark.parametrize(
+    ("fields", "field", "problem"),
+    [
+        ({"prompt": []}, "prompt", "must be a JSON object"),
+        ({"sampling": []}, "sampling", "must be a JSON object"),
+        ({"routing": ""}, "routing", "must be a JSON object"),
+        ({"routing": {"cost": []}}, "routing.cost", "must be a JSON object"),
+        ({"sampling": {"temperature": True}}, "sampling.temperature", "must be a number"),
+        ({"sampling": {"top_p": True}}, "sampling.top_p", "must be a number"),
+    ],
+)
+async def test_a_value_of_the_wrong_type_is_refused_where_it_is_false_to_python_or_a_boolean(
+    door: Door, fields: dict[str, object], field: str, problem: str
+) -> None:
+    response = await door.client.post("/mesh/v1/generate", json={**PROMPT, **fields})
+
+    assert response.status_code == 400
+    info = response.json()["details"][0]
+    assert (info["reason"], info["metadata"]["field"]) == ("INVALID_FIELD", field)
+    assert response.json()["message"] == f"Invalid field: {field}: {problem}"
+    assert door.frontend.calls == []
+
+
+async def test_a_number_out_of_range_is_refused_by_its_path(door: Door) -> None:
+    body = b'{"prompt": {"text": "a"}, "sampling": {"temperature": ' + b"9" * 400 + b"}}"
+
+    response = await door.client.post("/mesh/v1/generate", content=body)
+
+    assert response.status_code == 400
+    assert response.json()["details"][0]["metadata"]["field"] == "sampling.temperature"
+    assert "out of range" in response.json()["message"]
+
+
 async def test_a_servicers_own_refusal_names_the_field(door: Door) -> None:
     response = await door.client.post("/mesh/v1/generate", json={**PROMPT, "sampling": {"temperature": 9}})
 

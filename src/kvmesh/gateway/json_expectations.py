@@ -20,6 +20,26 @@ _WELL_KNOWN = {
     "google.protobuf.Timestamp": 'must be a time as text, e.g. "2030-01-31T12:00:00Z"',
 }
 
+_WRAPPERS = frozenset(
+    f"google.protobuf.{name}Value"
+    for name in ("Bool", "Bytes", "Double", "Float", "Int32", "Int64", "String", "UInt32", "UInt64")
+)
+_OWN_FORMS = (
+    _WRAPPERS
+    | _WELL_KNOWN.keys()
+    | {f"google.protobuf.{name}" for name in ("Any", "FieldMask", "ListValue", "Struct", "Value")}
+)
+
+
+def wrapped_field(kind: Descriptor) -> FieldDescriptor | None:
+    """Return the field that stands for the whole message in JSON; None for every message but the wrappers."""
+    return kind.fields_by_name["value"] if kind.full_name in _WRAPPERS else None
+
+
+def has_form_of_its_own(kind: Descriptor) -> bool:
+    """Tell whether its JSON is not an object of its fields."""
+    return kind.full_name in _OWN_FORMS
+
 
 def expectation_of(field: FieldDescriptor) -> str | None:
     """Return what one value of this field must be; None where only the parser knows."""
@@ -31,7 +51,8 @@ def expectation_of(field: FieldDescriptor) -> str | None:
     if field.enum_type is not None:
         return f"must be one of {', '.join(value.name for value in field.enum_type.values)}"
     if field.message_type is not None:
-        return _WELL_KNOWN.get(field.message_type.full_name)
+        wrapped = wrapped_field(field.message_type)
+        return expectation_of(wrapped) if wrapped is not None else _WELL_KNOWN.get(field.message_type.full_name)
     return _SCALARS.get(field.cpp_type)
 
 

@@ -12,20 +12,27 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 
 from kvmesh.core.errors import FixRequestError, Reason
-from kvmesh.gateway.json_base64 import bad_base64_in
-from kvmesh.gateway.json_expectations import expectation_of, rivals_in
+from kvmesh.gateway.json_expectations import expectation_of, has_form_of_its_own, rivals_in
+from kvmesh.gateway.json_misfits import misfit_in
+from kvmesh.gateway.json_numbers import is_beyond_double, path_beyond_double
 from kvmesh.gateway.routes import find_field
 from kvmesh.wire.validation import invalid
 
+_STRUCT = "google.protobuf.Struct"
 _LINE_ENDS = [(end.encode(), b"\\u%04x" % ord(end)) for end in ("\x85", "\u2028", "\u2029")]
 
 
-def load_json(body: bytes) -> Any:
-    """Return the value of a JSON text. Raises: FixRequestError(INVALID_FIELD) with the position."""
+def load_json(body: bytes, *, path: str = "") -> Any:
+    """Return the value of a JSON text, which is that of `path`. Raises: FixRequestError(INVALID_FIELD) saying where."""
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError as exc:
-        raise FixRequestError(Reason.INVALID_FIELD, f"the body is not JSON: {exc}") from exc
+        if not is_beyond_double(exc.doc, exc.pos):
+            raise FixRequestError(Reason.INVALID_FIELD, f"the body is not JSON: {exc}") from exc
+        within = path_beyond_double(exc.doc)
+        field = f"{path}.{within}".replace(".[", "[").strip(".")
+        problem = f"the number is out of range at line {exc.lineno} column {exc.colno}"
+        raise invalid(field or "body", problem) from exc
 
 
 def new_message(descriptor: Descriptor) -> Message:
@@ -36,15 +43,17 @@ def new_message(descriptor: Descriptor) -> Message:
 def merge_json(value: Any, message: Message) -> None:
     """Set what a JSON value says in `message`. Raises: FixRequestError(INVALID_FIELD) with the path of the field."""
     descriptor = cast(Descriptor, message.DESCRIPTOR)
-    if not isinstance(value, dict) and not _is_well_known(descriptor):
+    if not isinstance(value, dict) and (not has_form_of_its_own(descriptor) or descriptor.full_name == _STRUCT):
         raise FixRequestError(Reason.INVALID_FIELD, "the body must be a JSON object")
-    bad_path = bad_base64_in(descriptor, value)
-    if bad_path is not None:
-        raise invalid(bad_path, "must be base64 text")
+    misfit = misfit_in(descriptor, value)
+    if misfit is not None:
+        path, problem = misfit
+        raise invalid(path or "body", problem)
     try:
         json_format.ParseDict(value, message)
-    except json_format.ParseError as exc:
-        fault = ("body", _innermost(exc)) if _is_well_known(descriptor) else _locate(descriptor, value, "")
+    except (json_format.ParseError, TypeError) as exc:  # a TypeError from the parser's outermost message only
+        own_form = has_form_of_its_own(descriptor)
+        fault = ("body", _innermost(exc)) if own_form else _locate(descriptor, value, "")
         path, problem = fault or ("body", rivals_in(descriptor, value) or _innermost(exc))
         raise invalid(path, problem) from exc
 
@@ -106,7 +115,7 @@ def _locate_in_field(field: FieldDescriptor, name: str, value: Any, path: str) -
         problem = _problem(owner, {name: [value]})
     else:
         problem = _problem(owner, {name: value})
-    if kind is None or _is_well_known(kind):
+    if kind is None or has_form_of_its_own(kind):
         return path, expectation_of(field) or problem or ""
     return _locate(kind, value, path) or (path, rivals_in(kind, value) or problem or "")
 
@@ -131,13 +140,9 @@ def _problem(descriptor: Descriptor, value: Any) -> str | None:
     return None
 
 
-def _innermost(exc: json_format.ParseError) -> str:
+def _innermost(exc: Exception) -> str:
     """Return the first cause: what wraps it repeats the path."""
     inner: BaseException = exc
     while isinstance(inner.__cause__, Exception):
         inner = inner.__cause__
     return str(inner).partition("\n")[0].rstrip(".")
-
-
-def _is_well_known(descriptor: Descriptor) -> bool:
-    return descriptor.file.package == "google.protobuf"

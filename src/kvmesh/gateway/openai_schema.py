@@ -19,8 +19,10 @@ def _text_of_parts(value: object) -> object:
     """Join a list of text parts; null is what an answer without text has."""
     if value is None:
         return ""
-    if not isinstance(value, list):
+    if isinstance(value, str):
         return value
+    if not isinstance(value, list):
+        raise ValueError('must be text, or a list of parts of the form {"type": "text", "text": "..."}')
     for part in value:
         if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             raise ValueError('only parts of the form {"type": "text", "text": "..."} are served')
@@ -28,6 +30,8 @@ def _text_of_parts(value: object) -> object:
 
 
 def _one_or_many(value: object) -> object:
+    if value is not None and not isinstance(value, str | list):
+        raise ValueError(f"must be text, or a list of up to {MAX_STOPS} texts")
     return [] if value is None else [value] if isinstance(value, str) else value
 
 

@@ -31,8 +31,10 @@ async def bind_request(rule: HttpRule, *, path_values: Mapping[str, str], query:
 def _bind(rule: HttpRule, path_values: Mapping[str, str], query: bytes, body: bytes) -> Message:
     message = new_message(rule.method.input_type)
     if rule.body and body.strip():  # an empty body is an empty request
-        value = load_json(body)
-        merge_json(value if rule.body == "*" else {rule.body: value}, message)
+        if rule.body == "*":
+            merge_json(load_json(body), message)
+        else:
+            merge_json({rule.body: load_json(body, path=rule.body)}, message)
     parameters = _query_values(rule, query)
     if parameters:
         merge_json(parameters, message)

@@ -6,7 +6,7 @@ import time
 import pytest
 from google.protobuf import struct_pb2
 
-from kvmesh.core.errors import FixRequestError
+from kvmesh.core.errors import FixRequestError, Reason
 from kvmesh.gateway.json_messages import in_one_line, load_json, merge_json, to_dict, to_json
 from kvmesh.v1 import frontend_pb2, generation_pb2
 
@@ -48,6 +48,18 @@ def test_a_field_that_does_not_parse_is_named_by_its_path(text: bytes, field: st
         ({"routing": {"required_labels": {"a": 1}}}, "routing.required_labels[a]: must be text"),
         ({"routing": {"required_labels": [1]}}, "routing.required_labels: must be a JSON object"),
         ({"prompt": {"text": "a", "tokenIds": {}}}, "prompt: set only one of text, token_ids"),
+        ({"prompt": []}, "prompt: must be a JSON object"),
+        ({"sampling": []}, "sampling: must be a JSON object"),
+        ({"sampling": ""}, "sampling: must be a JSON object"),
+        ({"sampling": 0}, "sampling: must be a JSON object"),
+        ({"sampling": False}, "sampling: must be a JSON object"),
+        ({"routing": {"cost": []}}, "routing.cost: must be a JSON object"),
+        ({"routing": {"cost": ""}}, "routing.cost: must be a JSON object"),
+        ({"prompt": {"tokenIds": []}}, "prompt.tokenIds: must be a JSON object"),
+        ({"prompt": {"messages": {"messages": [{}, ""]}}}, "prompt.messages.messages[1]: must be a JSON object"),
+        ({"sampling": {"temperature": True}}, "sampling.temperature: must be a number"),
+        ({"sampling": {"topP": False}}, "sampling.topP: must be a number"),
+        ({"routing": {"cost": {"overlap_credit": True}}}, "routing.cost.overlap_credit: must be a number"),
     ],
 )
 def test_what_a_field_takes_is_told_in_the_words_of_json(value: object, told: str) -> None:
@@ -74,6 +86,30 @@ def test_malformed_json_is_refused_with_its_position(text: bytes, position: str)
         load_json(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (b'{"a": %s}', "a: the number is out of range at line 1 column 7"),
+        (b'{"a": 1e999}', "a: the number is out of range at line 1 column 7"),
+        ('{"é": 1,\n "b": [0, {"c": -%s}]}'.encode(), "b[1].c: the number is out of range at line 2 column 17"),
+        (b"%s", "body: the number is out of range at line 1 column 1"),
+        (b"[1, %s]", "[1]: the number is out of range at line 1 column 5"),
+        (b'{"a": %s', "body: the number is out of range at line 1 column 7"),
+        (b'{"a": %s, "a": 1}', "body: the number is out of range at line 1 column 7"),
+    ],
+)
+def test_a_number_beyond_what_is_read_is_told_as_that(text: bytes, told: str) -> None:
+    with pytest.raises(FixRequestError) as refused:
+        load_json(text.replace(b"%s", b"9" * 400))
+
+    assert (refused.value.reason, refused.value.message) == (Reason.INVALID_FIELD, told)
+
+
+def test_a_number_out_of_range_deep_down_is_refused_without_its_path() -> None:
+    with pytest.raises(FixRequestError, match="body: the number is out of range"):
+        load_json(b"[" * 1000 + b"1e999" + b"]" * 1000)
+
+
 @pytest.mark.parametrize("value", [[], "text", 3, None])
 def test_a_body_that_is_no_object_is_refused(value: object) -> None:
     with pytest.raises(FixRequestError, match="JSON object"):
@@ -90,6 +126,20 @@ def test_the_bad_item_of_a_long_list_is_found_without_parsing_each() -> None:
 
     assert refused.value.field == "prompt.token_ids.token_ids[123456]"
     assert time.perf_counter() - began < 20
+
+
+@pytest.mark.parametrize("reason", [True, 1.5])
+def test_a_value_of_an_enum_is_told_by_its_names(reason: object) -> None:
+    with pytest.raises(FixRequestError, match="reason: must be one of FINISH_REASON_UNSPECIFIED, "):
+        merge_json({"reason": reason}, generation_pb2.Finished())
+
+
+def test_null_is_a_field_that_is_not_set() -> None:
+    request = frontend_pb2.GenerateRequest()
+
+    merge_json({"prompt": None, "sampling": {"temperature": None}, "routing": None}, request)
+
+    assert request == frontend_pb2.GenerateRequest(sampling=generation_pb2.SamplingParams())
 
 
 def test_messages_are_told_with_proto_names_and_defaults() -> None:

@@ -138,6 +138,20 @@ def test_what_is_not_served_is_refused_by_its_name(fields: dict[str, Any], field
     assert refused.value.message.startswith(f"{field}: ")
 
 
+@pytest.mark.parametrize("value", [0, True, {}])
+def test_a_field_of_two_forms_is_told_by_both(value: object) -> None:
+    for fields, told in (
+        ({"stop": value}, "stop: must be text, or a list of up to 4 texts"),
+        (
+            {"messages": [*HELLO, {"role": "user", "content": value}]},
+            'messages[1].content: must be text, or a list of parts of the form {"type": "text", "text": "..."}',
+        ),
+    ):
+        with pytest.raises(FixRequestError) as refused:
+            parse_body(chat(**fields), ChatRequest)
+        assert refused.value.message == told
+
+
 def test_a_field_called_as_a_type_is_named_too() -> None:
     with pytest.raises(FixRequestError) as refused:
         parse_body({"prompt": "a", "str": 1}, CompletionRequest)
