@@ -68,7 +68,7 @@ def test_a_misspelt_variable_ends_with_2_and_the_nearest() -> None:
     [
         ("[mesh]\ndecod = 3\n", "mesh.decod (file {path}) is not a setting; the nearest is mesh.decode"),
         ("[queue]\nmax_attempts = 0\n", "queue.max_attempts = 0 (file {path}) is out of range: 1 to 100"),
-        ("[waits]\ndrain_s = 0\n", "waits.drain_s = 0.0 is out of range"),
+        ("[waits]\ndrain_s = 0\n", "waits.drain_s = 0.0 (file {path}) is out of range"),
         ("[mesh\n", "{path}: cannot be read: "),
     ],
     ids=["unknown key", "out of range", "no wait at all", "no TOML"],

@@ -282,10 +282,18 @@ async def test_messages_of_a_contract_of_ones_own_and_plain_dicts_are_types_too(
         counted = await everything(await count.generate(generation_pb2.TokenIds(token_ids=[5, 6])))
         forgot = await everything(await forget.generate({"b": 1, "a": [2]}))
         by_http = await http.post("/sdk/v1/team-c/Typed/count", json={"token_ids": [7]})
+        of_a_list = await http.post("/sdk/v1/team-c/Typed/forget", json=[])
+        with pytest.raises(FixRequestError) as refused:
+            await forget.generate([])
 
     assert counted == [generation_pb2.Usage(completion_tokens=1), generation_pb2.Usage(completion_tokens=2)]
     assert (forgot, LOG.done) == ([None], ["['a', 'b']"])
     assert by_http.json()["result"]["completion_tokens"] == 1
+    assert (of_a_list.status_code, of_a_list.json()["message"]) == (
+        400,
+        "Invalid field: the body must be a JSON object",
+    )
+    assert refused.value.message == "request: must be a JSON object"
 
 
 async def test_errors_keep_their_reason_and_secrets_stay_in_the_log(mesh: ServedComponents) -> None:

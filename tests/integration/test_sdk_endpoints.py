@@ -11,7 +11,7 @@ import pytest
 import structlog
 from pydantic import BaseModel
 
-from kvmesh.core.errors import FixRequestError, MeshError, OutOfTimeError, Reason
+from kvmesh.core.errors import FixRequestError, MeshError, OutOfTimeError, Reason, TryElsewhereError
 from kvmesh.core.roster import WorkerRecord
 from kvmesh.discovery.memory import MemoryDiscovery, MemoryRegistration
 from kvmesh.runtime.component_config import read_config
@@ -165,7 +165,9 @@ async def test_a_request_of_a_door_keeps_its_id_to_the_last_component(mesh: Serv
     assert logged == [by_rest.headers["x-request-id"], told]
 
 
-async def test_an_undrained_instance_is_called_again(mesh: ServedComponents) -> None:
+async def test_a_drained_instance_is_told_of_and_an_undrained_one_is_called_again(
+    mesh: ServedComponents,
+) -> None:
     client = await client_of(mesh, "Blocking/answer")
     (worker_id,) = await client.wait_for_workers()
     (role,) = [role for role in mesh.graph.roles if role.name == worker_id]
@@ -175,8 +177,13 @@ async def test_an_undrained_instance_is_called_again(mesh: ServedComponents) -> 
         async with asyncio.timeout(BOUND_S):
             while client.worker_ids():
                 await mesh.runtime.changed()
+        with pytest.raises(TryElsewhereError) as refused:
+            await client.generate({}, timeout_s=0.1)
         answer = await control.Undrain(worker_control_pb2.UndrainRequest(), timeout=BOUND_S)
 
+    assert refused.value.reason is Reason.NO_WORKERS
+    assert "0 workers of ns/Blocking take requests, 1 are wanted; draining: 1;" in refused.value.message
+    assert f"`kvmesh undrain {worker_id}`" in refused.value.message
     assert answer.was_draining
     assert await client.wait_for_workers() == [worker_id]
     assert await texts_of(client, "again") == ["again"]

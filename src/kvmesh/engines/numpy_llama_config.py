@@ -92,12 +92,24 @@ class _Reader:
             heads=heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
-            norm_eps=self._number("rms_norm_eps", 1e-6),
+            norm_eps=self._norm_eps(),
             rope_theta=self._number("rope_theta", 10_000.0, rope if "rope_theta" in rope else self.values),
             rope_scaling=self._scaling(rope),
-            has_tied_head=bool(self.values.get("tie_word_embeddings", False)),
+            has_tied_head=self._has_tied_head(),
             max_context_tokens=self._number("max_position_embeddings", _DEFAULT_MAX_CONTEXT_TOKENS),
         )
+
+    def _norm_eps(self) -> float:
+        # Absent is the architecture's default; null, which counts as absent elsewhere, is nobody's number.
+        if "rms_norm_eps" in self.values and self.values["rms_norm_eps"] is None:
+            raise self._refusal("rms_norm_eps", None, "a number above 0, or no such key")
+        return self._number("rms_norm_eps", 1e-6)
+
+    def _has_tied_head(self) -> bool:
+        given = self.values.get("tie_word_embeddings", False)
+        if not isinstance(given, bool):
+            raise self._refusal("tie_word_embeddings", given, "true or false")
+        return given
 
     def _refuse_what_we_do_not_compute(self) -> None:
         for key, supported in (

@@ -15,6 +15,7 @@ import yaml
 
 from kvmesh.core.errors import FixRequestError, Reason
 from kvmesh.core.suggestions import suggestion
+from kvmesh.runtime.yaml_text import RepeatedKeyError, load_yaml
 from kvmesh.sdk.definitions import Resources, ServiceDefinition
 from kvmesh.sdk.dependencies import Graph
 
@@ -65,7 +66,9 @@ def _config(definition: ServiceDefinition, given: dict[str, Any]) -> ServiceConf
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(file.read_text())
+        tree = load_yaml(file.read_text(encoding="utf-8"))
+    except RepeatedKeyError as exc:
+        raise _refusal(str(file), str(exc)) from exc
     except OSError as exc:
         raise _refusal(str(file), exc.strerror or str(exc)) from exc
     except (yaml.YAMLError, UnicodeDecodeError) as exc:
@@ -85,7 +88,9 @@ def _split(flag: str) -> tuple[str, str, Any]:
     if not separator or not dot or not key:
         raise _refusal(f"--{flag}", "is not --Class.key=value, e.g. --YourWorker.workers=2")
     try:
-        return name, key, yaml.safe_load(text)
+        return name, key, load_yaml(text)
+    except RepeatedKeyError as exc:
+        raise _refusal(f"--{flag}", str(exc)) from exc
     except yaml.YAMLError:
         return name, key, text
 

@@ -53,7 +53,12 @@ def load_policies(settings: RouterSettings, names: Sequence[str]) -> list[Policy
     taken = [{key: value for key, value in options.items() if _takes(name, key)} for name in names]
     for key in options:
         if not any(key in own for own in taken):
-            raise _refusal(f"none of {', '.join(names)} has an option {key!r}", field=f"router.policy_options.{key}")
+            setting = (
+                f"; {_SETTING.format(key, key.upper())}" if any(key in _WEIGHTS.get(name, ()) for name in names) else ""
+            )
+            raise _refusal(
+                f"none of {', '.join(names)} has an option {key!r}{setting}", field=f"router.policy_options.{key}"
+            )
     policies = []
     for name, own in zip(names, taken, strict=True):
         changes: dict[str, Any] = {"policy": name, "policy_options": own}
@@ -97,11 +102,11 @@ def _builtin(settings: RouterSettings) -> Policy:
 
 
 def _kv_aware(settings: RouterSettings) -> Policy:
-    return KvAware(CostKnobs(**_knobs(settings, CostKnobs)), imbalance_guard=_guard(settings))
+    return KvAware(CostKnobs(**_knobs(settings)), imbalance_guard=_guard(settings))
 
 
 def _least_work(settings: RouterSettings) -> Policy:
-    return LeastWork(LeastWorkKnobs(**_knobs(settings, LeastWorkKnobs)), imbalance_guard=_guard(settings))
+    return LeastWork(LeastWorkKnobs(**_knobs(settings)), imbalance_guard=_guard(settings))
 
 
 def _guard(settings: RouterSettings) -> ImbalanceGuard | None:
@@ -115,6 +120,12 @@ def _prompt_similarity(settings: RouterSettings) -> Policy:
 
 
 _WITH_GUARD = (LeastWork.name, KvAware.name)
+_WEIGHTS: Mapping[str, Collection[str]] = {
+    KvAware.name: [item.name for item in fields(CostKnobs) if item.name in RouterSettings.model_fields],
+    LeastWork.name: [item.name for item in fields(LeastWorkKnobs) if item.name in RouterSettings.model_fields],
+}
+"""Weights of every cost, which are settings and no options."""
+_SETTING = "that weight is a setting: router.{}, in a file or as KVMESH_ROUTER__{}"
 _OWN_OPTIONS: Mapping[str, Collection[str]] = {
     KvAware.name: [item.name for item in fields(CostKnobs) if item.name not in RouterSettings.model_fields],
     LeastWork.name: [item.name for item in fields(LeastWorkKnobs) if item.name not in RouterSettings.model_fields],
@@ -127,10 +138,9 @@ _WITH_KNOBS: Mapping[str, Callable[[RouterSettings], Policy]] = {
 }
 
 
-def _knobs(settings: RouterSettings, kind: type[CostKnobs] | type[LeastWorkKnobs]) -> dict[str, float]:
+def _knobs(settings: RouterSettings) -> dict[str, float]:
     """Return the knobs that are set: those of every cost are settings, a policy's own are options."""
-    of_every_cost = [item.name for item in fields(kind) if item.name in RouterSettings.model_fields]
-    given = {name: getattr(settings, name) for name in of_every_cost if getattr(settings, name) is not None}
+    given = {name: getattr(settings, name) for name in _WEIGHTS[settings.policy] if getattr(settings, name) is not None}
     return given | _options(settings, known=_OWN_OPTIONS[settings.policy])
 
 
@@ -139,13 +149,21 @@ def _options(settings: RouterSettings, *, known: Collection[str]) -> dict[str, f
     numbers = {}
     for name, text in settings.policy_options.items():
         if name not in known:
-            has = suggestion(name, known) if known else "it has none, the weights are settings, e.g. router.temperature"
-            raise _refusal(f"{settings.policy} has no option {name!r}; {has}", field=f"router.policy_options.{name}")
+            raise _refusal(
+                f"{settings.policy} has no option {name!r}; {_what_it_has(settings.policy, name, known)}",
+                field=f"router.policy_options.{name}",
+            )
         try:
             numbers[name] = float(text)
         except ValueError as exc:
             raise _refusal(f"{name} = {text!r} is no number", field=f"router.policy_options.{name}") from exc
     return numbers
+
+
+def _what_it_has(policy: str, name: str, known: Collection[str]) -> str:
+    if name in _WEIGHTS.get(policy, ()):
+        return _SETTING.format(name, name.upper())
+    return suggestion(name, known) if known else "it has none, the weights are settings, e.g. router.temperature"
 
 
 def _entry_points() -> list[EntryPoint]:

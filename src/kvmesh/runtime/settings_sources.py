@@ -17,8 +17,11 @@ from typing import Any, Generic, TypeVar
 import annotated_types
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_settings import BaseSettings, EnvSettingsSource, TomlConfigSettingsSource, YamlConfigSettingsSource
+from pydantic_settings import BaseSettings, EnvSettingsSource, TomlConfigSettingsSource
 from pydantic_settings import SettingsError as UnreadableSourceError
+from yaml import YAMLError
+
+from kvmesh.runtime.yaml_text import load_yaml
 
 Tree = TypeVar("Tree", bound=BaseSettings)
 
@@ -31,6 +34,9 @@ _SERVICE_LINK = re.compile(
 """What Kubernetes tells every pod about a Service whose name begins as our variables do, after that beginning."""
 _SERVICE_URL = re.compile(r"(_[A-Z0-9]+)*_PORT=(tcp|udp|sctp)://.*")
 """The one of them, with its value, that somebody who means a setting may write as well."""
+
+_KEY_AND_VALUE = re.compile(r"(?P<key>[\w.]+) = ('[^']*'|[^\s:=]+)(?= (?!=))")
+"""How the refusal of one setting begins that names it itself, e.g. `waits.route_s = inf is out of range`."""
 
 
 class SettingsError(Exception):
@@ -108,14 +114,10 @@ def _file_entries(tree: type[BaseSettings], path: Path | None) -> dict[str, _Ent
         raise SettingsError(f"{path}: a settings file ends in .toml, .yaml or .yml")
     if not path.is_file():
         raise SettingsError(f"{path}: no such settings file")
-    reader = TomlConfigSettingsSource if path.suffix == ".toml" else YamlConfigSettingsSource
     try:
-        data = reader(tree, path)()
-    # TOML's errors are ValueErrors; YAML's have their own root, which only that reader imports.
-    except Exception as error:
-        is_no_table = path.suffix != ".toml" and isinstance(error, TypeError | ValueError)
-        problem = "it holds no sections, as in `mesh: {decode: 4}`" if is_no_table else " ".join(str(error).split())
-        raise SettingsError(f"{path}: cannot be read: {problem}") from error
+        data = TomlConfigSettingsSource(tree, path)() if path.suffix == ".toml" else _yaml_table(path)
+    except (OSError, ValueError, YAMLError, RecursionError) as error:  # of TOML nested too deep, the last
+        raise SettingsError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
     origin = f"file {path}"
     sections = {leaf.rpartition(".")[0] for leaf in dict(_leaves(tree))}
     # In YAML a section without entries, e.g. all commented out, reads as null.
@@ -124,6 +126,15 @@ def _file_entries(tree: type[BaseSettings], path: Path | None) -> dict[str, _Ent
         for key, value in flatten(data).items()
         if value is not None or key not in sections
     }
+
+
+def _yaml_table(path: Path) -> dict[str, Any]:
+    data = load_yaml(path.read_text(encoding="utf-8"))
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ValueError("it holds no sections, as in `mesh: {decode: 4}`")
+    return data
 
 
 def _env_entries(tree: type[BaseSettings]) -> dict[str, _Entry]:
@@ -206,11 +217,20 @@ def _value_fault(error: Any, entries: Mapping[str, _Entry], leaves: Mapping[str,
     source = f" ({entry.origin})" if entry is not None else ""
     if error["type"] == "value_error":
         text = str(error["ctx"]["error"])
-        return text if " = " in text else f"{key}{source}: {text}"
+        return _with_source(text, entries) if " = " in text else f"{key}{source}: {text}"
     value = f"{location} = {error['input']!r}{source}"
     if error["type"] in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
         return f"{value} is out of range: {_range_text(leaves.get(key))}"
     return f"{value}: {error['msg'][:1].lower()}{error['msg'][1:]}"
+
+
+def _with_source(text: str, entries: Mapping[str, _Entry]) -> str:
+    """Return a text that begins `KEY = VALUE` with the source of that key behind the value."""
+    found = _KEY_AND_VALUE.match(text)
+    entry = entries.get(found["key"]) if found is not None else None
+    if found is None or entry is None:
+        return text
+    return f"{text[: found.end()]} ({entry.origin}){text[found.end() :]}"
 
 
 def _range_text(info: FieldInfo | None) -> str:

@@ -209,12 +209,18 @@ class Client:
                     f"cannot reach {unreached}: start a mesh there (`kvmesh up`, or `kvmesh serve module:Class`), "
                     "or name the address of another",
                 ) from None
-            known = ", ".join("/".join(one) for one in self._runtime.components()) or "none"
-            raise TryElsewhereError(
-                Reason.NO_WORKERS,
-                f"{len(self._records())} workers of {self._namespace}/{self._component} run, {count} are wanted; "
-                f"components that run: {known}",
-            ) from None
+            raise TryElsewhereError(Reason.NO_WORKERS, self._lack(count)) from None
+
+    def _lack(self, count: int) -> str:
+        """Say why there are fewer instances than so many: they drain, or what runs is something else."""
+        of = f"{self._namespace}/{self._component}"
+        if draining := self._runtime.draining(self._namespace, self._component):
+            return (
+                f"{len(self._records())} workers of {of} take requests, {count} are wanted; draining: {len(draining)}; "
+                f"`kvmesh undrain {draining[0].worker_id}` takes one back into service, unless its process is stopping"
+            )
+        known = ", ".join("/".join(one) for one in self._runtime.components()) or "none"
+        return f"{len(self._records())} workers of {of} run, {count} are wanted; components that run: {known}"
 
     def _method(self, record: WorkerRecord) -> MethodDescriptor:
         text = contract_text(record)

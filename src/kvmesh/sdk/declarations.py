@@ -34,7 +34,7 @@ _ALIAS_KEYS = {"namespace", "enabled"}
 
 
 class UnannotatedResultWarning(UserWarning):
-    """An endpoint does not say what it answers: other languages see google.protobuf.Value."""
+    """An endpoint's result has no message of its own: other languages see google.protobuf.Value."""
 
 
 def endpoint(name: str | None = None) -> Callable[[_Function], _Function]:
@@ -144,13 +144,8 @@ def _endpoint(cls: type, function: Callable[..., Any], name: str) -> EndpointDef
     is_stream = inspect.isasyncgenfunction(function)
     request_type = hints[_request_parameter(function).name]
     response_type = _response_type(at, hints["return"], is_stream=is_stream) if "return" in hints else Unannotated
-    if response_type is Unannotated:
-        said = "AsyncIterator[YourResponse]" if is_stream else "YourResponse"
-        warnings.warn(
-            f"{at} does not say what it answers, so its clients see google.protobuf.Value: annotate it, -> {said}",
-            UnannotatedResultWarning,
-            stacklevel=4,
-        )
+    if problem := _untyped(response_type, is_stream=is_stream):
+        warnings.warn(f"{at} {problem}", UnannotatedResultWarning, stacklevel=4)
     check_message(request_type, at=f"{at}, request", is_request=True)
     check_message(response_type, at=f"{at}, answer")
     return EndpointDefinition(
@@ -176,6 +171,19 @@ def _response_type(at: str, annotation: Any, *, is_stream: bool) -> Any:
     if get_origin(annotation) not in _STREAMS or not get_args(annotation):
         raise DeclarationError(f"{at} yields its answers: annotate it, -> AsyncIterator[YourResponse]")
     return get_args(annotation)[0]
+
+
+def _untyped(response_type: Any, *, is_stream: bool) -> str | None:
+    """Return why clients see no type, and the fix, where the author may think that they do."""
+    said = "AsyncIterator[YourResponse]" if is_stream else "YourResponse"
+    if response_type is Unannotated:
+        return f"does not say what it answers, so its clients see google.protobuf.Value: annotate it, -> {said}"
+    if get_origin(response_type) is list and get_args(response_type) != (Any,):
+        return (
+            "answers a list, which is no message, so its clients see google.protobuf.Value and every number in it "
+            f"as a double: make the list a field of a pydantic.BaseModel, -> {said}"
+        )
+    return None
 
 
 def _request_parameter(function: Callable[..., Any]) -> inspect.Parameter:

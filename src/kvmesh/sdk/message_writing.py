@@ -13,7 +13,7 @@ from pydantic import BaseModel, RootModel, TypeAdapter
 from pydantic_core import to_jsonable_python
 
 from kvmesh.sdk.model_shape import is_map, map_value
-from kvmesh.sdk.proto_types import DURATION, EMPTY, FREE_TYPES, TIMESTAMP, VALUE, WRAPPER_NAMES
+from kvmesh.sdk.proto_types import DURATION, EMPTY, FREE_TYPES, STRUCT, TIMESTAMP, VALUE, WRAPPER_NAMES
 from kvmesh.wire.validation import invalid
 
 _INTEGERS = {
@@ -41,7 +41,10 @@ def assign(message: Message, value: Any, path: str = "") -> None:
         elif name == DURATION:
             _assign_duration(target, value)
         elif name in FREE_TYPES:
-            json_format.ParseDict(_json_of(value), target)
+            plain = _json_of(value)
+            if name == STRUCT and not isinstance(plain, dict):
+                raise invalid(path or "request", "must be a JSON object")
+            json_format.ParseDict(plain, target)
         elif name in WRAPPER_NAMES:
             target.value = _scalar(target.DESCRIPTOR.fields_by_name["value"], value)
         elif name != EMPTY:

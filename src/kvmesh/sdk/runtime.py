@@ -2,7 +2,7 @@
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -76,9 +76,11 @@ class Runtime:
 
     def workers(self, namespace: str, component: str) -> tuple[WorkerRecord, ...]:
         """Return the running instances of a component that take requests, by id."""
-        wanted = (namespace, component)
-        records = self._peers.roster.records()
-        return tuple(record for record in records if address_of(record) == wanted and not record.draining)
+        return tuple(record for record in self._instances(namespace, component) if not record.draining)
+
+    def draining(self, namespace: str, component: str) -> tuple[WorkerRecord, ...]:
+        """Return the running instances of a component that drain, by id."""
+        return tuple(record for record in self._instances(namespace, component) if record.draining)
 
     def components(self) -> tuple[tuple[str, str], ...]:
         """Return (namespace, component) of everything that runs, in order."""
@@ -98,6 +100,10 @@ class Runtime:
             self._watches[namespace, component] = watch
             watch.start()
         return watch
+
+    def _instances(self, namespace: str, component: str) -> Iterator[WorkerRecord]:
+        wanted = (namespace, component)
+        return (record for record in self._peers.roster.records() if address_of(record) == wanted)
 
 
 @asynccontextmanager

@@ -65,16 +65,36 @@ class ModelFolder:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Ids that config.json and generation_config.json say end a sequence; either may name one or several."""
-        values = [config.get("eos_token_id") for config in (self.config, self.generation_config)]
-        ids = [item for value in values for item in (value if isinstance(value, list) else [value])]
-        return tuple(sorted({item for item in ids if isinstance(item, int) and item >= 0}))
+        """Ids that config.json and generation_config.json say end a sequence; either may name one, several or none.
+
+        Raises:
+            FixRequestError: INVALID_FIELD on engine.model, naming the file and what is no id of the model.
+        """
+        files = ((_CONFIG_FILE, self.config), (_GENERATION_CONFIG_FILE, self.generation_config))
+        ids = {token for name, values in files for token in self._eos_token_ids_of(name, values.get("eos_token_id"))}
+        return tuple(sorted(ids))
+
+    def _eos_token_ids_of(self, name: str, value: Any) -> list[int]:
+        given: list[Any] = value if isinstance(value, list) else [] if value is None else [value]
+        for token in given:
+            if not isinstance(token, int) or isinstance(token, bool):
+                raise broken_folder(
+                    f"{self.path / name}: eos_token_id is {value!r}",
+                    fix="it must be a token id, a list of ids, or null",
+                )
+            if self.vocab_size is not None and token >= self.vocab_size:
+                raise broken_folder(
+                    f"{self.path / name}: eos_token_id {token} is beyond the vocabulary, whose vocab_size is "
+                    f"{self.vocab_size}",
+                    fix=f"it must be below {self.vocab_size}; correct the one that is wrong",
+                )
+        return [token for token in given if token >= 0]  # -1 is how some folders write none
 
     @property
     def vocab_size(self) -> int | None:
         """Rows of the model's embedding; may exceed the tokenizer's vocabulary."""
         size = self.config.get("vocab_size")
-        return size if isinstance(size, int) else None
+        return size if isinstance(size, int) and not isinstance(size, bool) else None
 
     @property
     def max_context_tokens(self) -> int | None:

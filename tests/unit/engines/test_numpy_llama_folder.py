@@ -110,6 +110,8 @@ def test_llama3_scaling_is_read_under_its_old_name_and_its_new_one(folder: Path,
         ({"num_key_value_heads": 3}, "num_key_value_heads is 3; numpy_llama needs a divisor"),
         ({"head_dim": 5}, "head_dim is 5; numpy_llama needs an even number"),
         ({"rms_norm_eps": -1.0}, "rms_norm_eps is -1.0"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'; numpy_llama needs true or false"),
+        ({"tie_word_embeddings": 0}, "tie_word_embeddings is 0; numpy_llama needs true or false"),
     ],
 )  # fmt: skip
 def test_what_is_not_computed_is_refused_by_name(folder: Path, changes: dict[str, Any], named: str) -> None:
@@ -120,6 +122,20 @@ def test_what_is_not_computed_is_refused_by_name(folder: Path, changes: dict[str
 
     assert (caught.value.reason, caught.value.field) == (Reason.INVALID_FIELD, "engine.model")
     assert named in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "needed"),
+    [("tie_word_embeddings", "true or false"), ("rms_norm_eps", "a number above 0, or no such key")],
+)
+def test_null_is_no_value_of_a_key_that_has_a_default(folder: Path, key: str, needed: str) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: None}))
+
+    with pytest.raises(FixRequestError) as caught:
+        LlamaConfig.read(folder)
+
+    assert str(caught.value).endswith(f"config.json: {key} is None; numpy_llama needs {needed}")
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,7 @@ def test_flags_go_over_the_file(tmp_path: Path) -> None:
         ("Worker.resources.gpus=1", "Worker.resources: 'gpus' is none of cpu, memory, gpu"),
         ("Worker.resources.gpu=half", "gpu 'half' is no number of GPUs"),
         ("Worker=2", "is not --Class.key=value"),
+        ("Worker.model={a: 1, a: 2}", "line 1: a is there already, in line 1"),
     ],
 )
 def test_a_wrong_flag_is_refused_with_the_fix(flag: str, says: str) -> None:
@@ -76,7 +77,13 @@ def test_a_wrong_flag_is_refused_with_the_fix(flag: str, says: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [("Worker: 5", "Worker: must be a table"), ("- a", "must be a table"), ("a: [", "is not YAML"), (None, "No such")],
+    [
+        ("Worker: 5", "Worker: must be a table"),
+        ("- a", "must be a table"),
+        ("a: [", "is not YAML"),
+        ("Worker:\n  workers: 1\n  workers: 2\n", "graph.yaml: line 3: workers is there already, in line 2: keep one"),
+        (None, "No such"),
+    ],
 )
 def test_a_wrong_file_is_refused_by_its_name(tmp_path: Path, text: str | None, says: str) -> None:
     file = tmp_path / "graph.yaml"

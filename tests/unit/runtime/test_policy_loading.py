@@ -105,6 +105,23 @@ def test_a_knob_that_the_policy_has_not_is_refused(settings: RouterSettings, fie
     assert refused.value.field == field
 
 
+@pytest.mark.parametrize("policy", ["least_work", "kv_aware"])
+def test_a_weight_given_as_an_option_is_answered_with_its_setting(policy: str) -> None:
+    refused = refusal_of(policy, overlap_credit="2")
+
+    assert refused.message == (
+        f"{policy} has no option 'overlap_credit'; "
+        "that weight is a setting: router.overlap_credit, in a file or as KVMESH_ROUTER__OVERLAP_CREDIT"
+    )
+
+
+def test_a_weight_given_as_an_option_of_several_is_answered_with_its_setting() -> None:
+    settings = RouterSettings(policy_options={"request_weight": "2"})
+
+    with pytest.raises(FixRequestError, match=r"has an option 'request_weight'; that weight is a setting: router\.req"):
+        load_policies(settings, ["kv_aware", "random"])
+
+
 @pytest.mark.usefixtures("folder")
 @pytest.mark.parametrize("name", ["policy_of_a_test:Mine", "policy_of_a_test:Namespace.Inner"])
 def test_a_class_of_a_module_in_the_working_directory_is_made_with_its_options(name: str) -> None:

@@ -65,7 +65,7 @@ def test_a_value_out_of_range_is_answered_with_the_range(key: str, value: float,
 
 
 def test_a_wait_out_of_range_is_answered_with_the_range() -> None:
-    assert fault_of(waits__route_s=0.0) == "waits.route_s = 0.0 is out of range: above 0 and up to 86400 seconds"
+    assert fault_of(waits__route_s=0.0) == "waits.route_s = 0.0 (flag) is out of range: above 0 and up to 86400 seconds"
 
 
 def test_waits_are_the_core_s_own_object() -> None:
@@ -95,7 +95,7 @@ def test_every_fault_is_told_at_once() -> None:
 def test_leaving_loopback_is_refused_and_the_refusal_names_the_way_out(key: str) -> None:
     fault = fault_of(**{f"{key}__host": "0.0.0.0"})
 
-    assert fault.startswith(f"{key}.host = '0.0.0.0' leaves loopback")
+    assert fault.startswith(f"{key}.host = '0.0.0.0' (flag) leaves loopback")
     assert "--insecure" in fault
 
 

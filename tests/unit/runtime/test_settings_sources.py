@@ -213,6 +213,17 @@ def test_faults_of_all_sources_are_told_at_once(toml: Path, monkeypatch: pytest.
         ("mesh.yaml", "mesh: [\n", "cannot be read: "),
         ("mesh.yaml", "- 1\n- 2\n", "cannot be read: it holds no sections, as in `mesh: {decode: 4}`"),
         ("mesh.yaml", "text\n", "cannot be read: it holds no sections, as in `mesh: {decode: 4}`"),
+        ("mesh.yaml", "[" * 5_000, "cannot be read: it is nested too deep"),
+        (
+            "mesh.yaml",
+            "mesh:\n  decode: 1\nmesh:\n  prefill: 0\n",
+            "cannot be read: line 3: mesh is there already, in line 1: keep one of them",
+        ),
+        (
+            "mesh.yaml",
+            "mesh:\n  decode: 1\n  'decode': 2\n",
+            "cannot be read: line 3: decode is there already, in line 2: keep one of them",
+        ),
     ],
 )
 def test_a_file_that_cannot_be_used_is_named(tmp_path: Path, name: str, text: str | None, fault: str) -> None:
@@ -225,6 +236,51 @@ def test_a_file_that_cannot_be_used_is_named(tmp_path: Path, name: str, text: st
 
     assert str(refusal.value).startswith(f"{file}: {fault}")
     assert "\n" not in str(refusal.value)
+
+
+def test_a_key_that_is_over_what_a_merge_brings_is_no_repeated_one(tmp_path: Path) -> None:
+    file = tmp_path / "mesh.yaml"
+    file.write_text("http: &door {host: 127.0.0.1, port: 4000}\ngrpc: {<<: *door, port: 4001}\n")
+
+    settings = load_settings(config_file=file).settings
+
+    assert (settings.http.port, settings.grpc.host, settings.grpc.port) == (4000, "127.0.0.1", 4001)
+
+
+def test_a_file_that_is_not_utf_8_is_told_so(tmp_path: Path) -> None:
+    file = tmp_path / "mesh.yaml"
+    file.write_bytes("namespace: bl\u00e4u\n".encode("latin-1"))
+
+    with pytest.raises(SettingsError, match="cannot be read: 'utf-8' codec"):
+        load_settings(config_file=file)
+
+
+def test_a_wait_out_of_range_names_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "mesh.toml"
+    file.write_text("[waits]\nroute_s = inf\n")
+
+    with pytest.raises(SettingsError) as refusal:
+        load_settings(config_file=file)
+
+    assert str(refusal.value) == (f"waits.route_s = inf (file {file}) is out of range: above 0 and up to 86400 seconds")
+
+
+def test_a_wait_out_of_range_names_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVMESH_WAITS__DRAIN_S", "-1")
+
+    with pytest.raises(SettingsError) as refusal:
+        load_settings()
+
+    assert str(refusal.value) == (
+        "waits.drain_s = -1.0 (env KVMESH_WAITS__DRAIN_S) is out of range: above 0 and up to 86400 seconds"
+    )
+
+
+def test_a_host_that_leaves_loopback_names_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVMESH_HTTP__HOST", "0.0.0.0")
+
+    with pytest.raises(SettingsError, match=r"^http\.host = '0\.0\.0\.0' \(env KVMESH_HTTP__HOST\) leaves loopback"):
+        load_settings()
 
 
 def test_json_that_cannot_be_read_names_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

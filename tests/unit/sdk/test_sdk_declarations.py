@@ -115,6 +115,26 @@ def test_a_result_that_is_not_annotated_is_a_warning() -> None:
                 yield request.text
 
 
+def test_a_result_that_is_a_list_is_a_warning() -> None:
+    with pytest.warns(UnannotatedResultWarning, match=r"Listed\.go answers a list.*field of a pydantic\.BaseModel"):
+
+        @service(namespace="ns")
+        class Listed:
+            @endpoint()
+            async def go(self, request: Text) -> list[Text]:
+                return [request]
+
+
+def test_a_result_that_is_any_list_is_meant_so() -> None:
+    @service(namespace="ns")
+    class Free:
+        @endpoint()
+        async def go(self, request: Text) -> list[Any]:
+            return [request.text]
+
+    assert definition_of(Free).endpoints[0].response_type == list[Any]
+
+
 def _stream_of_a_plain_function() -> None:
     class _Wrong:
         @endpoint()

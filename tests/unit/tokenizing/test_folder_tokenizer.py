@@ -308,13 +308,39 @@ def test_the_tiny_folder_says_what_it_was_written_with(tmp_path: Path) -> None:
         ("generation_config.json", 4, (1, 4)),
         ("config.json", 2, (1, 2)),
         ("config.json", None, (1,)),
+        ("config.json", [], (1,)),
         ("config.json", -1, (1,)),
+        ("config.json", 511, (1, 511)),
     ],
 )
 def test_every_file_may_name_ends_of_a_sequence(
     configure: Callable[..., FolderTokenizer], file: str, value: object, eos_token_ids: tuple[int, ...]
 ) -> None:
     assert configure(file, eos_token_id=value).eos_token_ids == eos_token_ids
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("x", "eos_token_id is 'x': it must be a token id, a list of ids, or null"),
+        ([2, None], "eos_token_id is [2, None]: it must be"),
+        (1.0, "eos_token_id is 1.0: it must be"),
+        (True, "eos_token_id is True: it must be"),
+        (99_999, "eos_token_id 99999 is beyond the vocabulary, whose vocab_size is 512: it must be below 512"),
+        ([2, 512], "eos_token_id 512 is beyond the vocabulary"),
+    ],
+)
+def test_what_is_no_token_of_the_model_does_not_end_a_sequence(
+    configure: Callable[..., FolderTokenizer], file: str, value: object, says: str
+) -> None:
+    configure("config.json", vocab_size=512)
+
+    with pytest.raises(FixRequestError) as refused:
+        configure(file, eos_token_id=value)
+
+    assert (refused.value.reason, refused.value.field) == (Reason.INVALID_FIELD, "engine.model")
+    assert f"/{file}: {says}" in refused.value.message
 
 
 def test_a_special_token_may_be_an_object(configure: Callable[..., FolderTokenizer]) -> None:
