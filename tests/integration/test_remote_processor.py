@@ -1,7 +1,7 @@
 """A frontend whose processor runs in another process, and goes away and comes back."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 import grpc
 import pytest
 
-from kvmesh.core.errors import MeshError, Reason
+from kvmesh.core.errors import MeshError, Reason, TryElsewhereError
 from kvmesh.core.ids import Epoch, WorkerId
 from kvmesh.core.roster import WorkerRecord, WorkerRole
 from kvmesh.core.waits import Waits
 from kvmesh.discovery.memory import MemoryDiscovery
-from kvmesh.services.channels import CHANNEL_OPTIONS, Channels
+from kvmesh.runtime.interceptors import CallInterceptor
+from kvmesh.services.channels import Channels
 from kvmesh.services.peers import Peers
 from kvmesh.services.remote_processor import RemoteProcessor
 from kvmesh.testing.tcp_proxy import TcpProxy
@@ -29,11 +30,13 @@ REQUEST = frontend_pb2.GenerateRequest(prompt=generation_pb2.Prompt(text="a"))
 
 
 class Processor(processor_pb2_grpc.ProcessorServicer):
-    """Answers every request with its two ends; `cuts` of them end after the first."""
+    """Answers every request with its two ends, or with `refusal`."""
 
-    def __init__(self, *, cuts: int = 0) -> None:
+    def __init__(self, refusal: MeshError | None) -> None:
         self.asked = 0
-        self._cuts = cuts
+        self.on_request: Callable[[], Awaitable[None]] | None = None
+        """Called before a request is answered."""
+        self._refusal = refusal
 
     async def GetTotals(
         self, request: processor_pb2.GetTotalsRequest, context: "Context"
@@ -44,8 +47,10 @@ class Processor(processor_pb2_grpc.ProcessorServicer):
         self, request: processor_pb2.ProcessorGenerateRequest, context: "Context"
     ) -> AsyncIterator[processor_pb2.ProcessorGenerateResponse]:
         self.asked += 1
-        if self.asked <= self._cuts:
-            return
+        if self.on_request is not None:
+            await self.on_request()
+        if self._refusal is not None:
+            raise self._refusal
         yield processor_pb2.ProcessorGenerateResponse(started=frontend_pb2.Started(request_id=request.request_id))
         yield processor_pb2.ProcessorGenerateResponse(finished=generation_pb2.Finished())
 
@@ -64,11 +69,11 @@ class Side:
 
 
 @asynccontextmanager
-async def side(*, route_s: float = GENEROUS_S, cuts: int = 0) -> AsyncIterator[Side]:
+async def side(*, route_s: float = GENEROUS_S, refusal: MeshError | None = None) -> AsyncIterator[Side]:
     discovery = MemoryDiscovery()
     async with AsyncExitStack() as stack:
-        served = Processor(cuts=cuts)
-        server = grpc.aio.server(options=CHANNEL_OPTIONS)
+        served = Processor(refusal)
+        server = grpc.aio.server(interceptors=[CallInterceptor()])
         processor_pb2_grpc.add_ProcessorServicer_to_server(served, server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
@@ -119,10 +124,22 @@ async def test_a_processor_that_stays_away_fails_the_request_within_the_wait_for
             await mesh.generate()
 
     assert refused.value.reason is Reason.WORKER_LOST
+    assert "is gone or does not answer" in refused.value.message
 
 
-async def test_a_processor_that_loses_every_request_is_not_asked_for_ever() -> None:
-    async with side(cuts=100) as mesh, asyncio.timeout(GENEROUS_S):
+async def test_a_processor_that_answers_that_a_worker_is_lost_is_not_asked_again() -> None:
+    async with side(refusal=TryElsewhereError(Reason.WORKER_LOST, "twice")) as mesh, asyncio.timeout(GENEROUS_S):
+        with pytest.raises(MeshError) as refused:
+            await mesh.generate()
+
+    assert refused.value.reason is Reason.WORKER_LOST
+    assert mesh.served.asked == 1
+
+
+async def test_a_processor_that_is_lost_with_every_request_is_not_asked_for_ever() -> None:
+    async with side() as mesh, asyncio.timeout(GENEROUS_S):
+        mesh.served.on_request = mesh.proxy.break_connections
+
         with pytest.raises(MeshError) as refused:
             await mesh.generate()
 

@@ -30,10 +30,14 @@ _MAX_ATTEMPTS = 4
 """At one request: a processor that is lost, found again and lost again must not be asked for ever."""
 
 
+class _GoneError(TryElsewhereError):
+    """The processor itself could not be reached: the request may go to it again once it is back."""
+
+
 class RemoteProcessor:
     """A `Generator`: each request goes to the next processor, and on if that is lost before the first event.
 
-    It goes to another one, or waits `waits.route_s` for one to come, or for the same to be there again.
+    It goes to another one; where those it tried are gone, it waits `waits.route_s` for one to come, or to come back.
     """
 
     def __init__(self, *, peers: Peers, channels: Channels, waits: Waits) -> None:
@@ -115,9 +119,11 @@ class RemoteProcessor:
                     yield response
                 return
             except MeshError as error:
-                if has_begun or self.draining or error.reason not in _LOST or attempt >= _MAX_ATTEMPTS:
-                    raise
                 tried[address] = error
+                others = set(self._peers.processor_addresses()) - set(tried)
+                may_go_on = others or any(isinstance(one, _GoneError) for one in tried.values())
+                if has_begun or self.draining or error.reason not in _LOST or attempt >= _MAX_ATTEMPTS or not may_go_on:
+                    raise
                 log.warning("processor.lost", request_id=wanted.request_id, address=address, error=error.message)
                 telemetry.REQUEST_RETRIES.inc()
 
@@ -143,8 +149,8 @@ class RemoteProcessor:
             raise (next(reversed(tried.values()), None) or _no_processor()) from exc
 
     async def _news(self, tried: dict[str, MeshError]) -> str | None:
-        """Wait until discovery has news, or one of those that were lost is connected again; return the latter."""
-        lost = [address for address, error in tried.items() if error.reason is Reason.WORKER_LOST]
+        """Wait until discovery has news, or one of those that were gone is connected again; return the latter."""
+        lost = [address for address, error in tried.items() if isinstance(error, _GoneError)]
         waits = [asyncio.ensure_future(self._connected(address)) for address in lost]
         changed = asyncio.ensure_future(self._peers.changed())
         try:
@@ -174,6 +180,8 @@ class RemoteProcessor:
             if not is_finished:  # a part must never pass for the whole
                 raise TryElsewhereError(Reason.WORKER_LOST, "the processor's stream ended without finished")
         except grpc.aio.AioRpcError as exc:
+            if _is_of_grpc_itself(exc):
+                raise _GoneError(Reason.WORKER_LOST, f"the processor at {address} is gone or does not answer") from exc
             raise from_rpc_error(exc) from exc
         except asyncio.CancelledError:
             if self.draining and call.cancelled() and not _is_cancelling():
@@ -187,6 +195,12 @@ class RemoteProcessor:
 
 def _no_processor() -> TryElsewhereError:
     return TryElsewhereError(Reason.NO_WORKERS, "no processor is known")
+
+
+def _is_of_grpc_itself(error: grpc.aio.AioRpcError) -> bool:
+    """Tell whether nobody answered; a processor that says UNAVAILABLE of a worker sends details."""
+    details = {key for key, _ in error.trailing_metadata() or ()}
+    return error.code() is grpc.StatusCode.UNAVAILABLE and "grpc-status-details-bin" not in details
 
 
 def _is_cancelling() -> bool:

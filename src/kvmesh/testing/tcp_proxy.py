@@ -30,7 +30,7 @@ class TcpProxy:
     async def cut(self) -> None:
         """Break every connection and close every new one at once, until `restore`."""
         self._is_cut = True
-        await self._end_connections()
+        await self.break_connections()
 
     def stall(self) -> None:
         """Keep every connection open and let nothing through, until `restore`."""
@@ -45,9 +45,10 @@ class TcpProxy:
         """Stop listening and break every connection. Idempotent."""
         if self._server is not None:
             self._server.close()
-        await self._end_connections()
+        await self.break_connections()
 
-    async def _end_connections(self) -> None:
+    async def break_connections(self) -> None:
+        """Break every connection, and take new ones."""
         connections = tuple(self._connections)
         for connection in connections:
             connection.cancel()
