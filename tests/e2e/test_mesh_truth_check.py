@@ -9,7 +9,7 @@ from kvmesh.v1 import generation_pb2
 
 SIMULATED: dict[str, Any] = {
     "engine__name": "simulated",
-    "engine__speedup": 0,
+    "engine__speedup": 0.5,  # a request lasts longer than the news of removed blocks takes, on a busy machine too
     "engine__options__block_size": "16",
     "engine__options__block_bytes": "4096",
     "engine__options__total_blocks": "64",
