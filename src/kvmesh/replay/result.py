@@ -71,7 +71,8 @@ def summarise(outcomes: Sequence[Outcome], *, duration_s: float) -> ReplayResult
         hit_rate=_share(sum(one.cached_tokens for one in finished), prompt_tokens),
         predicted_hit_rate=_share(sum(one.predicted_cached_tokens for one in finished), prompt_tokens),
         duration_s=duration_s,
-        schedule_lag_ms=_distribution(one.sent_at - one.scheduled_at for one in outcomes),
+        # A timer of the event loop may be half a millisecond early, which is no lag.
+        schedule_lag_ms=_distribution(max(one.sent_at - one.scheduled_at, 0.0) for one in outcomes),
         ttft_ms=_distribution(one.first_token_at - one.sent_at for one in outcomes if one.first_token_at is not None),
         itl_ms=_distribution_of(_token_gaps_s(outcomes)),
         e2e_ms=_distribution(one.finished_at - one.sent_at for one in finished if one.finished_at is not None),
