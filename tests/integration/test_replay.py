@@ -18,6 +18,7 @@ from kvmesh.replay.trace import TraceRow
 from kvmesh.runtime.interceptors import CallInterceptor
 from kvmesh.runtime.mesh import Mesh
 from kvmesh.testing.mesh import read_baseline, running_mesh, wait_for_baseline
+from kvmesh.testing.remote_prefills import NOWHERE
 from kvmesh.v1 import frontend_pb2, frontend_pb2_grpc, generation_pb2, router_pb2
 from kvmesh.wire.routing import query_from_proto
 
@@ -217,11 +218,6 @@ def write_trace(folder: Path, rows: Sequence[TraceRow]) -> Path:
     return path
 
 
-def closed_address() -> str:
-    """Return an address where nothing listens: a port that no system hands out, as it does those just closed."""
-    return "127.0.0.1:1"
-
-
 async def run_command(*arguments: str) -> tuple[int, str, str]:
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "kvmesh.cli.main", "replay", *arguments,
@@ -271,16 +267,15 @@ async def test_the_command_says_why_it_cannot_begin(tmp_path: Path) -> None:
     trace = write_trace(tmp_path, [row(0, 1)])
     broken = tmp_path / "broken.jsonl"
     broken.write_text(trace.read_text() + '{"timestamp": 1, "input_length": -1}\n')
-    nowhere = closed_address()
 
-    unreachable = await run_command(str(trace), "--target", nowhere)
-    bad_file = await run_command(str(broken), "--target", nowhere)
-    no_file = await run_command(str(tmp_path / "none.jsonl"), "--target", nowhere)
+    unreachable = await run_command(str(trace), "--target", NOWHERE)
+    bad_file = await run_command(str(broken), "--target", NOWHERE)
+    no_file = await run_command(str(tmp_path / "none.jsonl"), "--target", NOWHERE)
     async with serving(Frontend(("a",))) as address:  # type: ignore[abstract]  # it serves what a replay calls
         no_model = await run_command(str(trace), "--target", address, "--model", "b")
 
     assert unreachable[:2] == (1, "")
-    assert f"error: cannot reach {nowhere}" in unreachable[2]
+    assert f"error: cannot reach {NOWHERE}" in unreachable[2]
     assert bad_file == (2, "", f"error: {broken}, line 2: input_length: must be a whole number of tokens, 1 or more\n")
     assert no_file[:2] == (2, "")
     assert "none.jsonl" in no_file[2]

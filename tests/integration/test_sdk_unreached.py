@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import socket
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
@@ -19,6 +18,7 @@ from kvmesh.core.ids import Epoch
 from kvmesh.core.roster import WorkerRecord
 from kvmesh.sdk import connect, endpoint, service
 from kvmesh.sdk.client import Client
+from kvmesh.testing.remote_prefills import NOWHERE
 from kvmesh.testing.sdk import ServedComponents, serving
 
 BOUND_S = 20.0
@@ -40,11 +40,6 @@ class Echo:
 async def mesh() -> AsyncIterator[ServedComponents]:
     async with serving(Echo, waits__route_s=str(ROUTE_S)) as served:
         yield served
-
-
-def closed_address() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return f"127.0.0.1:{listener.getsockname()[1]}"
 
 
 async def client_of(mesh: ServedComponents) -> Client:
@@ -72,7 +67,7 @@ async def test_a_call_waits_for_a_worker_where_none_can_be_reached(
     mesh: ServedComponents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = await client_of(mesh)
-    alive = await move(mesh, closed_address())
+    alive = await move(mesh, NOWHERE)
     changed = mesh.runtime.changed
     came_back: list[WorkerRecord] = []
 
@@ -91,7 +86,7 @@ async def test_a_call_waits_for_a_worker_where_none_can_be_reached(
 
 async def test_where_none_comes_back_the_wait_ends_with_no_workers(mesh: ServedComponents) -> None:
     client = await client_of(mesh)
-    await move(mesh, closed_address())
+    await move(mesh, NOWHERE)
 
     with pytest.raises(TryElsewhereError, match=r"no worker of ns/Echo can be reached: .* is not reached at") as failed:
         await answers_of(client)
@@ -124,11 +119,10 @@ async def test_an_endpoint_that_may_have_run_is_not_waited_for(mesh: ServedCompo
 
 
 async def test_a_door_where_nobody_listens_is_named_and_nothing_else_is_told() -> None:
-    address = closed_address()
 
-    async with connect(address) as runtime:
+    async with connect(NOWHERE) as runtime:
         client = await runtime.namespace("ns").component("Echo").endpoint("say").client()
-        with pytest.raises(TryElsewhereError, match=f"^cannot reach {address}: start a mesh there") as failed:
+        with pytest.raises(TryElsewhereError, match=f"^cannot reach {NOWHERE}: start a mesh there") as failed:
             await client.generate({}, timeout_s=0.5)
 
     assert failed.value.reason is Reason.NO_WORKERS

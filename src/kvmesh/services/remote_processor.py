@@ -154,8 +154,10 @@ class RemoteProcessor:
         waits = [asyncio.ensure_future(self._connected(address)) for address in lost]
         changed = asyncio.ensure_future(self._peers.changed())
         try:
-            done, _ = await asyncio.wait((changed, *waits), return_when=asyncio.FIRST_COMPLETED)
-            return next((address for address, wait in zip(lost, waits, strict=True) if wait in done), None)
+            await asyncio.wait((changed, *waits), return_when=asyncio.FIRST_COMPLETED)
+            # A wait that failed is one whose channel was closed meanwhile: its address is gone for good.
+            ended = [address for address, wait in zip(lost, waits, strict=True) if wait.done() and not wait.exception()]
+            return ended[0] if ended else None
         finally:
             for wait in (changed, *waits):
                 wait.cancel()
