@@ -9,9 +9,7 @@ prefill; a handoff takes 0.4 ms per block. A rate is the trace's own times `spee
 """
 
 import argparse
-import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -21,6 +19,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from reporting import print_report
 from rich.console import Console
 from rich.table import Table
 
@@ -109,8 +108,7 @@ def main() -> None:
     crossovers = {str(prefill): crossover(figures[0], figures[prefill]) for prefill in given.prefill}
     show(figures, crossovers, workers=given.workers)
     reports = [_report(case, figures) for case in cases if case.prefill]
-    machine = {"cpus": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()}
-    print(json.dumps({"bench": "disagg", "machine": machine, "cases": reports, "crossover_speed": crossovers}))
+    print_report("disagg", reports, crossover_speed=crossovers)
 
 
 def _report(case: Case, figures: Mapping[int, Mapping[float, Figures]]) -> dict[str, Any]:

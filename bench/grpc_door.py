@@ -11,7 +11,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -22,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import grpc
+from reporting import print_report
 from rich.console import Console
 from rich.table import Table
 
@@ -160,12 +160,7 @@ def main() -> None:
     runs = [measure(load) for _ in range(given.runs)]
     medians = {name: round(statistics.median(run[name] for run in runs), 3) for name in runs[0]}
     show(medians)
-    report = {
-        "bench": "grpc_door",
-        "machine": {"cpus": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()},
-        "cases": [{"params": asdict(load), "ours": medians, "peer": None, "ratio": None}],
-    }
-    print(json.dumps(report))
+    print_report("grpc_door", [{"params": asdict(load), "ours": medians, "peer": None, "ratio": None}])
 
 
 def show(medians: dict[str, float]) -> None:

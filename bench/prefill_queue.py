@@ -13,9 +13,7 @@ container its own. Nothing else may run there meanwhile.
 
 import argparse
 import asyncio
-import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -24,6 +22,7 @@ from typing import Any
 
 import grpc
 import uvloop
+from reporting import print_report
 from rich.console import Console
 from rich.table import Table
 
@@ -191,9 +190,8 @@ def main() -> None:
         figures = (f"{value:,.2f}" for value in report["ours"].values())
         table.add_row(str(params["in_flight"]), "one each" if params["pinned"] else "any", *figures)
     Console(stderr=True, width=120).print(table)
-    machine = {"cpus": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()}
     cases = [{**report, "peer": None, "ratio": None} for report in reports]
-    print(json.dumps({"bench": "queue", "machine": machine, "cases": cases}))
+    print_report("queue", cases)
 
 
 if __name__ == "__main__":

@@ -11,14 +11,13 @@ as Python objects. See README.md beside this file.
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from reporting import print_report
 from rich.console import Console
 from rich.table import Table
 
@@ -51,8 +50,7 @@ def main() -> None:
             print(f"no peer: {given.peer_python} is not there; `make bench-peers-install` makes it", file=sys.stderr)
         reports = [measure(given, pairs) for pairs in given.pairs or _PAIRS]
         show(reports)
-    machine = {"cpus": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()}
-    print(json.dumps({"bench": "prefix_index", "machine": machine, "cases": reports}))
+    print_report("prefix_index", reports)
 
 
 def measure(given: argparse.Namespace, pairs: int) -> dict[str, object]:

@@ -16,7 +16,6 @@ prints these two alone, in a second.
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from reporting import print_report
 from rich.console import Console
 from rich.table import Table
 
@@ -172,8 +172,7 @@ def main() -> None:
             )
             print(case, ours, file=sys.stderr, flush=True)
     show(reports)
-    machine = {"cpus": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()}
-    print(json.dumps({"bench": "quality", "machine": machine, "cases": reports}))
+    print_report("quality", reports)
 
 
 def show(reports: Sequence[dict[str, Any]]) -> None:

@@ -17,9 +17,6 @@ Figures, CPU us per decision, medians of alternating rounds:
 
 import argparse
 import asyncio
-import json
-import os
-import platform
 import random
 import resource
 import statistics
@@ -32,6 +29,7 @@ import grpc
 import numpy as np
 import uvloop
 from google.protobuf import wrappers_pb2
+from reporting import print_report
 from rich.console import Console
 from rich.table import Table
 
@@ -237,8 +235,7 @@ def main() -> None:
         finally:
             router.kill()
     show(reports)
-    machine = {"cpus": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()}
-    print(json.dumps({"bench": "remote_route", "machine": machine, "cases": reports}))
+    print_report("remote_route", reports)
 
 
 def show(reports: Sequence[dict[str, Any]]) -> None:

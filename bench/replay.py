@@ -11,7 +11,6 @@ of the replay. TRACE is in Mooncake's format.
 import argparse
 import json
 import os
-import platform
 import signal
 import statistics
 import subprocess
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from peers.sides import process_table
+from reporting import print_report
 from rich.console import Console
 from rich.table import Table
 
@@ -155,8 +155,7 @@ def main() -> None:
             print(case, {name: round(runs[case][-1].get(name, 0.0), 3) for name in _FIGURES}, file=sys.stderr)
     reports = [_report(case, runs[case]) for case in cases]
     show(reports)
-    machine = {"cpus": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()}
-    print(json.dumps({"bench": "replay", "machine": machine, "cases": reports}))
+    print_report("replay", reports)
 
 
 def _report(case: Case, runs: Sequence[dict[str, float]]) -> dict[str, Any]:

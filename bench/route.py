@@ -12,8 +12,6 @@ Figures, in us, medians of the rounds' medians:
 
 import argparse
 import json
-import os
-import platform
 import random
 import statistics
 import subprocess
@@ -27,6 +25,7 @@ from typing import Any
 
 import numpy as np
 from peers.route_work import REQUESTS_PER_WORKER, RouteCase, median_us
+from reporting import print_report
 from rich.console import Console
 from rich.table import Table
 
@@ -188,8 +187,7 @@ def main() -> None:
     if peer is not None:
         peer.close()
     show(reports)
-    machine = {"cpus": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()}
-    print(json.dumps({"bench": "route", "machine": machine, "cases": reports}))
+    print_report("route", reports)
 
 
 def show(reports: Sequence[dict[str, Any]]) -> None:

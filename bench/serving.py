@@ -11,9 +11,6 @@ ours, peer, ours, peer; the figures are medians. See README.md beside this file.
 
 import argparse
 import copy
-import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -25,6 +22,7 @@ from pathlib import Path
 from peers.load import LoadClient, Shape
 from peers.model_folder import write_model_folder
 from peers.sides import OURS, Pace, Side, dynamo_side, our_side
+from reporting import print_report
 from rich.console import Console
 from rich.table import Table
 
@@ -218,8 +216,7 @@ def main() -> None:
         for case, runs in zip(cases, results, strict=True)
     ]
     show(reports)
-    machine = {"cpus": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()}
-    print(json.dumps({"bench": "serving", "machine": machine, "cases": reports}))
+    print_report("serving", reports)
 
 
 def _report(params: dict[str, object], runs: dict[str, list[Figures]]) -> dict[str, object]:

@@ -10,14 +10,13 @@ a router started only then. Anything missing or extra ends the program with stat
 
 import argparse
 import asyncio
-import json
 import os
-import platform
 import resource
 import sys
 from dataclasses import asdict
 from typing import Any
 
+from reporting import print_report
 from rich.console import Console
 from rich.table import Table
 
@@ -43,9 +42,8 @@ def main() -> int:
     report = asyncio.run(soak(plan))
     ours = report.as_dict() | {"peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
     _show(ours)
-    machine = {"cpus": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()}
     case = {"params": asdict(plan), "ours": ours, "peer": None, "ratio": None}
-    print(json.dumps({"bench": "soak", "machine": machine, "cases": [case]}))
+    print_report("soak", [case])
     return _status(report)
 
 

@@ -10,9 +10,6 @@ medians; `cpu_ms` is this process's, and says more than `ms` on a machine that h
 
 import argparse
 import asyncio
-import json
-import os
-import platform
 import statistics
 import sys
 import time
@@ -24,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import uvloop
+from reporting import print_report
 from rich.console import Console
 from rich.table import Table
 
@@ -207,8 +205,7 @@ def main() -> None:
     if not reports:
         parser.error("no case is left")
     show(reports)
-    machine = {"cpus": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()}
-    print(json.dumps({"bench": "transfer", "machine": machine, "cases": reports}))
+    print_report("transfer", reports)
 
 
 if __name__ == "__main__":
