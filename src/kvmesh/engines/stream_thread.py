@@ -19,6 +19,7 @@ T = TypeVar("T")
 Publish = Callable[[Sequence[KvEvent]], None]
 
 _CLOSE_S = 5.0
+_REST_S = 1.0
 
 
 class StreamUsage(NamedTuple):
@@ -146,6 +147,7 @@ class StreamThread(Generic[T]):
         asyncio.set_event_loop(self._loop)
         try:
             self._loop.run_forever()
+            self._loop.run_until_complete(_finish_the_rest())
         finally:
             self._loop.close()
 
@@ -164,3 +166,13 @@ class StreamThread(Generic[T]):
             follower.cancel()
         await asyncio.gather(*followers, return_exceptions=True)
         await self._streams.aclose()
+
+
+async def _finish_the_rest() -> None:
+    """Let end what the streams' libraries left to the loop: the closing of generators that nobody iterates any more."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_REST_S):
+            await asyncio.get_running_loop().shutdown_asyncgens()
+            await asyncio.sleep(0)  # a generator that is let go of is closed by a task that the loop makes next
+            while others := asyncio.all_tasks() - {asyncio.current_task()}:
+                await asyncio.wait(others)

@@ -5,8 +5,9 @@ puts a `BodyWriter` into each request's scope; an app that began a chunked reply
 and ends it by `send`. Under another server there is none, and everything goes by `send`.
 """
 
-import asyncio
 from typing import Protocol
+
+from kvmesh.gateway.corked_transport import CorkedTransport
 
 BODY_WRITER_KEY = "kvmesh.body_writer"
 """Key in a request's scope."""
@@ -24,7 +25,7 @@ class BodyWriter:
 
     __slots__ = ("_flow", "_transport")
 
-    def __init__(self, transport: asyncio.Transport, flow: Flow) -> None:
+    def __init__(self, transport: CorkedTransport, flow: Flow) -> None:
         """Write to the connection of which `flow` tells whether its client keeps up."""
         self._transport = transport
         self._flow = flow
@@ -37,3 +38,7 @@ class BodyWriter:
     def write(self, data: bytes) -> None:
         """Send some bytes, not empty, as one chunk of the body (RFC 9112, 7.1)."""
         self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+
+    def flush(self) -> None:
+        """Send now what the connection would hold until the end of the loop's turn."""
+        self._transport.flush()

@@ -31,18 +31,19 @@ class CorkedTransport:
     def write(self, data: bytes) -> None:
         """Send `data` after what was written before: at the end of this turn, or now if it is much."""
         if not self._parts:
-            self._call_soon(self._flush)
+            self._call_soon(self.flush)
         self._parts.append(data)
         self._bytes += len(data)
         if self._bytes > _MAX_BYTES:
-            self._flush()
+            self.flush()
 
     def close(self) -> None:
         """Close the connection once everything is sent."""
-        self._flush()
+        self.flush()
         self._transport.close()
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Send now what waits."""
         parts, self._parts, self._bytes = self._parts, [], 0
         if parts:
             self._transport.write(b"".join(parts))

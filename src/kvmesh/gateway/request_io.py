@@ -144,10 +144,12 @@ class StreamedReply:
     async def write(self, data: bytes, *, more: bool = True) -> None:
         """Send some bytes in one write; waits while the client does not read."""
         self.writes.since = self._now()
-        if not self.is_started:
-            self.is_started = True
+        is_first, self.is_started = not self.is_started, True
+        if is_first:
             await self._start()
         await self._send({"type": "http.response.body", "body": data, "more_body": more})
+        if is_first and more and self._body_writer is not None:
+            self._body_writer.flush()  # the first token waits for nothing
         self.writes.since = None
         self.at_once = self._body_writer if more else None
 

@@ -44,6 +44,7 @@ class _Protocol(HttpToolsProtocol):
     """Uvicorn's, which also lets an app write to the connection without waiting, and bounds a request's head."""
 
     head_wait_s = HEAD_WAIT_S
+    _corked: CorkedTransport
     _awaits_head = False
     _head_bytes = 0
     """Of a head that has not ended yet: one that ends within a read is bounded by the read."""
@@ -51,7 +52,8 @@ class _Protocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         """Serve a connection."""
-        super().connection_made(CorkedTransport(transport, loop=self.loop))  # type: ignore[arg-type]  # stands for it
+        self._corked = CorkedTransport(transport, loop=self.loop)
+        super().connection_made(self._corked)  # type: ignore[arg-type]  # stands for it
         self._head_timer = self.loop.call_later(self.head_wait_s, self._give_up)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -75,7 +77,7 @@ class _Protocol(HttpToolsProtocol):
         if self._head_timer is None:
             self._head_timer = self.loop.call_later(self.head_wait_s, self._give_up)
         scope: MutableMapping[str, Any] = self.scope  # type: ignore[assignment]  # ASGI lets servers add keys
-        scope[BODY_WRITER_KEY] = BodyWriter(self.transport, self.flow)
+        scope[BODY_WRITER_KEY] = BodyWriter(self._corked, self.flow)
 
     def on_headers_complete(self) -> None:
         """Begin its body."""

@@ -27,6 +27,8 @@ _TIMER_SLACK_S = 0.005
 _STEPS_PER_TURN = 8
 _SHORT_TURN_S = 0.0002
 """A turn goes on stepping, so many times and so long at most: steps shorter than a hop are not worth one each."""
+_TURNS_TO_CLIENT = 4
+"""Turns of the event loop in which a first token gets to its client; the next step comes after them."""
 _CLOSE_S = 10.0
 """How long a close waits for the engine's thread: a step that never ends must not keep its worker from stopping."""
 
@@ -197,10 +199,11 @@ class EngineDriver:
         turn = await self._take_turn(step=True)
         if turn.duration_s:
             await self._let_pass(turn.duration_s, started_at=started_at)
-        elif self.info.is_brief:
-            await asyncio.sleep(0)  # the turn itself has let nobody else run
         for output in turn.outputs:
             self._deliver(output)
+        if self.info.is_brief and not turn.duration_s:  # the turn itself has let nobody else run
+            for _ in range(_TURNS_TO_CLIENT if turn.has_first_token else 1):
+                await asyncio.sleep(0)
 
     async def _take_turn(self, *, step: bool) -> _Turn:
         self._applying, self._commands = self._commands, []

@@ -38,6 +38,7 @@ class OwnedTasks:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            self._tasks.difference_update(tasks)  # `_done` may come later: awaiting what has ended gives nobody a turn
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

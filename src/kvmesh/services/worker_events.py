@@ -25,6 +25,8 @@ DEFAULT_MIN_INTERVAL_S = 0.01
 LOAD_HEARTBEAT_S = 1.0
 """A load is sent at least this often, changed or not."""
 _MAX_INTERVAL_S = 60.0
+_SETTLE_S = 0.001
+"""How long KV events wait at first: the token of the step that stored the blocks goes before them."""
 
 KvMessage = worker_events_pb2.WatchKvEventsResponse
 LoadMessage = worker_events_pb2.WatchLoadResponse
@@ -73,6 +75,8 @@ class WorkerEvents(worker_events_pb2_grpc.WorkerEventsServicer):
         self._load_source = load_source
         self._histories = [KvHistory(ring_size=ring_size) for _ in range(ranks)]
         self._kv_changed = Signal()
+        self._kv_settling: asyncio.TimerHandle | None = None
+        """When the watchers hear of what was published last."""
         self._load_changed = Signal()
         self._load_sequence = 1
         self._closing = asyncio.Event()
@@ -90,7 +94,12 @@ class WorkerEvents(worker_events_pb2_grpc.WorkerEventsServicer):
         """Tell the watchers what happened to one rank's cache; O(blocks of the events)."""
         if events:
             self._histories[rank].publish(events, now=asyncio.get_running_loop().time())
-            self._kv_changed.fire()
+            if self._kv_settling is None:
+                self._kv_settling = asyncio.get_running_loop().call_later(_SETTLE_S, self._kv_settled)
+
+    def _kv_settled(self) -> None:
+        self._kv_settling = None
+        self._kv_changed.fire()
 
     def load_changed(self) -> None:
         """Tell the watchers that the load is another now; O(1)."""
