@@ -51,6 +51,18 @@ async def test_much_leaves_at_once() -> None:
     assert transport.seen[1:] == [b"c"]
 
 
+async def test_a_flush_sends_what_waits_and_nothing_twice() -> None:
+    connection, transport = corked()
+
+    connection.write(b"head ")
+    connection.write(b"first")
+    connection.flush()
+    in_the_same_turn = list(transport.seen)
+    await asyncio.sleep(0)
+
+    assert in_the_same_turn == transport.seen == [b"head first"]
+
+
 async def test_a_close_sends_what_was_written_and_nothing_twice() -> None:
     connection, transport = corked()
 

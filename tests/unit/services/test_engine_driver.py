@@ -179,6 +179,36 @@ async def test_a_brief_engine_is_called_on_the_loop_and_lets_others_run_between_
     assert turns_of_others > 64 // 8  # the steps of one turn
 
 
+async def test_a_first_token_gets_to_its_client_before_the_next_step() -> None:
+    order: list[str] = []
+
+    class NotedEngine(SimulatedEngine):
+        def step(self) -> StepResult:
+            order.append("step")
+            return super().step()
+
+    class Relayed(Heard):
+        """As in the mesh, where a frame, its reader and the request's own task stand between engine and client."""
+
+        def output(self, output: Output) -> None:
+            super().output(output)
+            if len(self.outputs) == 1:
+                relays.append(asyncio.ensure_future(self.relay()))
+
+        async def relay(self) -> None:
+            for _ in range(2):
+                await asyncio.sleep(0)
+            order.append("client")
+
+    relays: list[asyncio.Future[None]] = []
+    async with driving(NotedEngine(FAST)) as driver:
+        heard = Relayed()
+        driver.submit(request(1, max_tokens=5), heard)
+        await heard.wait()
+
+    assert order[:3] == ["step", "client", "step"]
+
+
 async def test_commands_apply_while_modelled_time_passes() -> None:
     slow = replace(FAST, speedup=1.0, step_base_s=5.0)
     async with driving(SimulatedEngine(slow)) as driver:

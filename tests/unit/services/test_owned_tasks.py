@@ -29,6 +29,22 @@ async def test_close_cancels_what_runs_and_waits_for_its_cleanup() -> None:
     assert len(tasks) == 0
 
 
+async def test_close_ends_where_everything_has_just_ended() -> None:
+    tasks = OwnedTasks()
+
+    async def work() -> None:
+        return
+
+    ended = tasks.start(work(), name="work")
+    while not ended.done():
+        await asyncio.sleep(0)
+    was_held = len(tasks)
+
+    await tasks.aclose()
+
+    assert (was_held, len(tasks)) == (1, 0)
+
+
 async def test_close_also_ends_what_a_cleanup_starts() -> None:
     tasks = OwnedTasks()
     started: list[asyncio.Task[None]] = []
