@@ -437,6 +437,20 @@ async def test_held_output_goes_when_its_time_is_up(group: WorkerGroup) -> None:
     assert min(frames_by_stream.values()) > 2  # more than the first and the last
 
 
+async def test_output_of_fewer_waits_for_less(group: WorkerGroup) -> None:
+    frames = {}
+    for count in (8, 48):
+        engine = SimulatedEngine(replace(SLOW, total_blocks=1024, max_sequences=64))
+        client = await Client.open(group, await group.add_decode(engine), merge_within_s=0.3)
+        streams = range(1, count + 1)
+        for number in streams:
+            await client.submit(number, request(f"r{count}-{number}", tokens=range(number, number + 9), max_tokens=60))
+        await client.read_until_over(*streams)
+        frames[count] = sum(1 in frame.stream_ids for frame in client.frames)
+
+    assert frames[48] < frames[8] < 60
+
+
 async def test_output_of_few_never_waits(group: WorkerGroup) -> None:
     client = await Client.open(group, await group.add_decode(SimulatedEngine(SLOW)), merge_within_s=1.0)
 

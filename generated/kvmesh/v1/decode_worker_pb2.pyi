@@ -255,7 +255,8 @@ class ExchangeOpen(_message.Message):
     @_builtins.property
     def merge_within(self) -> _duration_pb2.Duration:
         """How long a worker with many requests on this stream may hold output of one that streams already, so that several
-        steps share a frame. The first output and the last are never held. 0 to 1 s; default 0: a frame for every step.
+        steps share a frame; with fewer requests a worker holds it for less. The first output and the last are never held.
+        0 to 1 s; default 0: a frame for every step.
         """
 
     def __init__(
