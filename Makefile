@@ -1,7 +1,7 @@
 # kvmesh: `make help` lists what there is. Everything is installed into .venv from the lock files.
 .DEFAULT_GOAL := help
 # What .venv is made of: the distribution's own Python where it is new enough, since that is built with profile-guided optimisation and
-# one compiled by pyenv is not (the same request then takes a tenth to a fifth more CPU); otherwise, or within an environment, `python3`.
+# one compiled by pyenv is not (the same request then takes a tenth to a quarter more CPU); otherwise, or within an environment, `python3`.
 PYTHON ?= $(shell test -z "$$VIRTUAL_ENV$$CONDA_PREFIX" -a "$$(uname)" = Linux && /usr/bin/python3 -c $(IS_ENOUGH) 2>/dev/null && echo /usr/bin/python3 || echo python3)
 IS_ENOUGH := "import ensurepip, venv, sys; sys.exit(sys.version_info < (3, 11))"
 VENV := .venv

@@ -12,7 +12,7 @@ from typing import Any
 def print_report(bench: str, cases: Sequence[Mapping[str, Any]], **more: Any) -> None:
     """Print `{"bench", "machine", "cases"}` and what else belongs to the whole run.
 
-    `machine` names the interpreter's file: two builds of one version of CPython differ by up to a fifth.
+    `machine` names the interpreter's file: two builds of one version of CPython differ by up to a quarter.
     """
     machine = {
         "cpus": os.cpu_count(),
