@@ -142,7 +142,7 @@ class OutputSettings(Section):
     merge_s: float = Field(default=0.075, ge=0, le=1)
     """How long a worker with 48 requests or more of one processor may hold output of a request that streams already,
     so that several steps share a frame and a socket write; each token stays an event. With fewer requests it is as much
-    less, a third with 16, and below eight nothing waits. 0 = never."""
+    less, down to a third with 16, and below eight nothing waits. 0 = never."""
 
 
 class HttpSettings(Section):

@@ -28,7 +28,9 @@ _BEGUN_WITHIN_S = 0.005
 _MERGE_FROM_REQUESTS = 8
 """Requests on an exchange from which on output may wait: below, nobody is short of CPU, and latency is what counts."""
 _MERGE_IN_FULL_FROM_REQUESTS = 48
-"""Requests from which on output may wait as long as the processor allows; with fewer, as much less."""
+_LEAST_MERGE_SHARE = 1 / 3
+"""Requests from which on output may wait as long as the processor allows; with fewer, as much less, but never below
+this share: with a dozen requests and short steps, frames would be many and nearly empty."""
 
 
 class _StreamSink:
@@ -97,7 +99,8 @@ class Exchange:
     def produced(self, sink: _StreamSink) -> None:
         """Send the output of a stream now, or begin to let output wait."""
         if sink.is_streaming and self._merge_within_s > 0 and len(self._sinks) >= _MERGE_FROM_REQUESTS:
-            wait_s = self._merge_within_s * min(len(self._sinks) / _MERGE_IN_FULL_FROM_REQUESTS, 1.0)
+            share = min(max(len(self._sinks) / _MERGE_IN_FULL_FROM_REQUESTS, _LEAST_MERGE_SHARE), 1.0)
+            wait_s = self._merge_within_s * share
             self.merging = asyncio.get_running_loop().call_later(wait_s, self._send_merged)
         else:
             sink.is_streaming = True
