@@ -20,6 +20,7 @@ Publish = Callable[[Sequence[KvEvent]], None]
 
 _CLOSE_S = 5.0
 _REST_S = 1.0
+"""For what is left on the loop after that; what takes longer is let go of."""
 
 
 class StreamUsage(NamedTuple):

@@ -28,9 +28,9 @@ _BEGUN_WITHIN_S = 0.005
 _MERGE_FROM_REQUESTS = 8
 """Requests on an exchange from which on output may wait: below, nobody is short of CPU, and latency is what counts."""
 _MERGE_IN_FULL_FROM_REQUESTS = 48
+"""Requests from which on output may wait as long as the processor allows; with fewer, as much less."""
 _LEAST_MERGE_SHARE = 1 / 3
-"""Requests from which on output may wait as long as the processor allows; with fewer, as much less, but never below
-this share: with a dozen requests and short steps, frames would be many and nearly empty."""
+"""Of that time, with eight requests or more: below it, frames of short steps would be many and nearly empty."""
 
 
 class _StreamSink:

@@ -109,6 +109,8 @@ class WorkerEvents(worker_events_pb2_grpc.WorkerEventsServicer):
     def close(self) -> None:
         """End every watch, so that the server can stop. Idempotent."""
         self._closing.set()
+        if self._kv_settling is not None:
+            self._kv_settling.cancel()
         self._kv_changed.fire()
         self._load_changed.fire()
 
